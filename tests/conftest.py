@@ -1,0 +1,25 @@
+"""Test session set-up: eight fake CPU devices, strict numerics."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # For the subprocesses of tests, too.
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared():
+  """The folder `shared/` beside the checkout, with data sets too big for it."""
+  folder = REPOSITORY.parent / "shared"
+  if not folder.exists():
+    pytest.skip("needs ../shared (data sets that are not in the repository)")
+  return folder

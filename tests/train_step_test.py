@@ -1,0 +1,219 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from umae_jax import losses, models, sharding, train_step
+from umae_jax.tasks import pretrain
+
+# SGD, not Adam: attention's key bias has a gradient of exactly zero in real
+# arithmetic, and Adam would scale its round-off up to a full-size update.
+SGD = optax.sgd(0.1, momentum=0.9)
+MODEL = models.MaskedAutoencoder(
+  patch_size=4,
+  width=32,
+  depth=1,
+  num_heads=2,
+  decoder_width=16,
+  decoder_depth=1,
+  decoder_num_heads=2,
+)
+OBJECTIVE = pretrain.make_objective(
+  MODEL,
+  mean=(0.5,) * 3,
+  std=(0.5,) * 3,
+  mask_ratio=0.75,
+  normalize_pixels=True,
+  uniformity_weight=1.0,  # Large, so that its gradient is not round-off.
+)
+BATCHES = np.random.default_rng(0).integers(
+  0, 256, size=(3, 16, 16, 16, 3), dtype=np.uint8
+)
+# Every row has a brightness of its own: data that differ between devices.
+BATCHES = BATCHES // np.arange(1, 17, dtype=np.uint8)[:, None, None, None]
+
+
+def init(key):
+  images = jnp.zeros((1, 16, 16, 3))
+  return MODEL.init(key, images, jnp.zeros((1, 16)))["params"]
+
+
+@functools.cache
+def run(num_devices, fsdp=1, micro_batches=1, num_steps=3):
+  """Trains on some of the fake devices; (state, metrics of the steps)."""
+  mesh = sharding.make_mesh(fsdp, jax.devices()[:num_devices])
+  state = train_step.init_state(init, SGD, jax.random.key(0), mesh)
+  return advance(state, mesh, micro_batches, BATCHES[:num_steps])
+
+
+def advance(state, mesh, micro_batches=1, batches=BATCHES, objective=OBJECTIVE):
+  layout = jax.tree.map(lambda x: x.sharding, state)
+  step = train_step.make_train_step(
+    objective, SGD, mesh, layout, seed=0, micro_batches=micro_batches
+  )
+  metrics = []
+  for images in batches:
+    state, scalars = step(state, sharding.to_global({"image": images}, mesh))
+    metrics.append(scalars)
+  return jax.device_get(state), jax.device_get(metrics)
+
+
+@pytest.mark.parametrize("num_devices, fsdp", [(2, 1), (8, 1), (8, 2)])
+def test_number_of_devices_does_not_change_the_run(num_devices, fsdp):
+  one, metrics_one = run(1)
+  many, metrics_many = run(num_devices, fsdp)
+  chex.assert_trees_all_close(metrics_one, metrics_many, rtol=1e-4)
+  chex.assert_trees_all_close(one.params, many.params, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "num_devices, micro_batches", [(1, 2), (1, 16), (4, 4)]
+)
+def test_micro_batches_do_not_change_the_run(num_devices, micro_batches):
+  """Exact for the whole objective: same masks, uniformity of all pairs."""
+  whole, metrics_whole = run(1)
+  parts, metrics_parts = run(num_devices, 1, micro_batches)
+  chex.assert_trees_all_close(metrics_whole, metrics_parts, rtol=1e-4)
+  chex.assert_trees_all_close(whole.params, parts.params, rtol=1e-4, atol=1e-5)
+
+
+def test_uniformity_of_each_micro_batch_would_be_another_gradient():
+  """The test above can fail: without statistics, parts give another one."""
+  params = init(jax.random.key(0))
+  batch = OBJECTIVE.randomize(jax.random.key(1), {"image": BATCHES[0]})
+  grad = jax.jit(train_step.gradients, static_argnums=(0, 3))
+  (whole, _), exact = grad(OBJECTIVE, params, batch, 1)
+  (same, _), parts = grad(OBJECTIVE, params, batch, 4)
+  per_part = OBJECTIVE._replace(statistics=None)
+  (other, _), wrong = grad(per_part, params, batch, 4)
+  size = optax.tree.norm(exact)
+
+  def distance(tree):
+    return optax.tree.norm(optax.tree.sub(tree, exact)) / size
+
+  assert distance(parts) < 1e-5 < 1e-2 < distance(wrong)
+  np.testing.assert_allclose(same, whole, rtol=1e-5)
+  assert abs(other - whole) > 1e-2 * whole
+
+
+def test_matches_a_plain_optax_loop():
+  """The same three updates, written out without mesh, step or TrainState."""
+  params = init(jax.random.key(0))
+  opt_state = SGD.init(params)
+
+  @jax.jit
+  def loss(params, images, key):
+    images = (images.astype(jnp.float32) / 255 - 0.5) / 0.5
+    noise = jax.random.uniform(key, (16, 16))
+    out = MODEL.apply({"params": params}, images, noise)
+    return losses.reconstruction_loss(
+      images, out.prediction, out.mask, patch_size=4, normalize_pixels=True
+    ) + losses.uniformity_loss(out.tokens[:, 0])
+
+  for step, images in enumerate(BATCHES):
+    key = jax.random.fold_in(jax.random.key(0), step)
+    grads = jax.jit(jax.grad(loss))(params, images, key)
+    updates, opt_state = SGD.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+  state, _ = run(1)
+  assert state.step == len(BATCHES)
+  assert state.skipped == 0
+  chex.assert_trees_all_close(state.params, params, rtol=1e-4, atol=1e-5)
+  chex.assert_trees_all_close(state.opt_state, opt_state, rtol=1e-4, atol=1e-4)
+
+
+def test_state_is_really_sharded_and_stays_so():
+  """Guards the invariance tests from passing on replicated copies."""
+  mesh = sharding.make_mesh(8)
+  wide = optax.sgd(0.1, momentum=0.9)
+
+  def init(key):
+    return {"w": jax.random.normal(key, (256, 512))}
+
+  state = train_step.init_state(init, wide, jax.random.key(0), mesh)
+  layout = jax.tree.map(lambda x: x.sharding, state)
+  objective = train_step.Objective(
+    lambda key, batch: batch,
+    None,
+    lambda params, batch, _: (jnp.square(batch @ params["w"]).mean(), {}),
+  )
+  step = train_step.make_train_step(objective, wide, mesh, layout, seed=0)
+  batch = sharding.to_global(np.ones((8, 256), np.float32), mesh)
+  state, _ = step(state, batch)
+  for x in (state.params["w"], state.opt_state[0].trace["w"]):
+    assert {s.data.shape for s in x.addressable_shards} == {(256, 64)}
+
+
+def test_every_step_draws_new_masks_and_they_follow_from_the_seed():
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  frozen = optax.set_to_zero()
+
+  def losses_of(seed):
+    state = train_step.init_state(init, frozen, jax.random.key(0), mesh)
+    layout = jax.tree.map(lambda x: x.sharding, state)
+    step = train_step.make_train_step(
+      OBJECTIVE, frozen, mesh, layout, seed=seed
+    )
+    batch = sharding.to_global({"image": BATCHES[0]}, mesh)
+    values = []
+    for _ in range(3):
+      state, scalars = step(state, batch)
+      values.append(float(scalars["reconstruction_loss"]))
+    return values
+
+  first = losses_of(0)
+  assert len(set(first)) == 3
+  assert losses_of(0) == first
+  assert not set(losses_of(1)) & set(first)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bad):
+  """Linear loss x * w: a batch with a bad value has a bad gradient."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  objective = train_step.Objective(
+    lambda key, batch: batch,
+    None,
+    lambda params, batch, _: ((batch * params["w"]).mean(), {}),
+  )
+
+  def make(key):
+    del key
+    return {"w": jnp.ones(())}
+
+  def play(values):
+    state = train_step.init_state(make, SGD, jax.random.key(0), mesh)
+    batches = np.float32(values)[:, None]
+    layout = jax.tree.map(lambda x: x.sharding, state)
+    step = train_step.make_train_step(objective, SGD, mesh, layout, seed=0)
+    history = []
+    for batch in batches:
+      state, scalars = step(state, sharding.to_global(batch, mesh))
+      history.append(
+        (int(scalars["skipped"]), int(scalars["skipped_in_a_row"]))
+      )
+    return state, history
+
+  good, _ = play([1, 2])
+  state, history = play([1, bad, bad, 2])
+  assert history == [(0, 0), (1, 1), (2, 2), (2, 0)]
+  assert state.step == 4
+  chex.assert_trees_all_equal(state.params, good.params)
+  chex.assert_trees_all_equal(state.opt_state, good.opt_state)
+  # After five in a row nothing is applied until the host has looked.
+  state, history = play([1] + [bad] * 5 + [2])
+  assert history[-2:] == [(5, 5), (6, 6)]
+  chex.assert_trees_all_equal(state.params, play([1])[0].params)
+
+
+def test_the_step_donates_the_state():
+  mesh = sharding.make_mesh()
+  state = train_step.init_state(init, SGD, jax.random.key(0), mesh)
+  layout = jax.tree.map(lambda x: x.sharding, state)
+  step = train_step.make_train_step(OBJECTIVE, SGD, mesh, layout, seed=0)
+  step(state, sharding.to_global({"image": BATCHES[0]}, mesh))
+  assert all(x.is_deleted() for x in jax.tree.leaves(state.params))

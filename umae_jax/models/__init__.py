@@ -1,0 +1,5 @@
+"""The networks: pure functions of (variables, images, noise)."""
+
+from umae_jax.models.mae import MaskedAutoencoder, Output
+
+__all__ = ["MaskedAutoencoder", "Output"]

@@ -1,0 +1,83 @@
+"""Devices and where arrays live; the one module that knows the topology."""
+
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+# Batch rows are split over both axes; parameters over "fsdp" alone.
+DATA, FSDP = "data", "fsdp"
+
+
+def make_mesh(fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+  """A ("data", "fsdp") mesh over `devices`, by default all of all processes.
+
+  Args:
+    fsdp: devices that share one copy of parameters and optimiser state; 1 =
+      every device holds all of them. Must divide the number of devices.
+    devices: an even share of each process's devices.
+
+  The axes are Auto: the compiler places the collectives. `jax.make_mesh`
+  defaults to Explicit, under which linen layers do not trace when sharded.
+  """
+  devices = jax.devices() if devices is None else devices
+  return jax.make_mesh(
+    (len(devices) // fsdp, fsdp),
+    (DATA, FSDP),
+    axis_types=(AxisType.Auto, AxisType.Auto),
+    devices=devices,
+  )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows split over all devices."""
+  return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """A copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def to_global(batch: Any, mesh: Mesh) -> Any:
+  """This process's rows, NumPy arrays, to arrays of the global batch."""
+  return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
+
+
+def state_sharding(tree: Any, mesh: Mesh, *, min_size: int = 2**16) -> Any:
+  """Splits each large array along its largest divisible dimension.
+
+  Args:
+    tree: arrays or `jax.ShapeDtypeStruct`s.
+    mesh: of `make_mesh`.
+    min_size: arrays of fewer elements are replicated: splitting a bias costs
+      a collective and saves nothing.
+
+  Returns:
+    A tree of `NamedSharding`, of the structure of `tree`.
+  """
+
+  def split(x):
+    if mesh.shape[FSDP] == 1 or np.prod(x.shape, dtype=np.int64) < min_size:
+      return PartitionSpec()
+    for axis in np.argsort(x.shape)[::-1]:  # Largest first.
+      if x.shape[axis] % mesh.shape[FSDP] == 0:
+        return PartitionSpec(*[None] * axis, FSDP)
+    return PartitionSpec()
+
+  return jax.tree.map(lambda x: NamedSharding(mesh, split(x)), tree)
+
+
+def preempted(step: int, stop_requested: bool) -> bool:
+  """Whether the run should save and stop, the same on every process.
+
+  Args:
+    step: the current one; all processes call this once a step.
+    stop_requested: this process was sent SIGTERM. Of several processes, JAX's
+      own preemption service listens for it, and picks the step to stop at.
+  """
+  if jax.process_count() == 1:
+    return stop_requested
+  return multihost_utils.reached_preemption_sync_point(step)

@@ -1,0 +1,208 @@
+"""One update, jitted and sharded: loss, gradient, guard, update."""
+
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import optax
+
+from umae_jax import sharding
+
+PyTree = Any
+Scalars = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+  """All that a run must save to continue as if it had never stopped.
+
+  Attributes:
+    step: () int32, batches seen; `step - skipped` updates were applied.
+    params: float32 tree.
+    opt_state: Optax's.
+    skipped: () int32, steps whose gradient was not finite.
+    skipped_in_a_row: () int32, those since the last applied update.
+  """
+
+  step: jax.Array
+  params: PyTree
+  opt_state: PyTree
+  skipped: jax.Array
+  skipped_in_a_row: jax.Array
+
+
+class Objective(NamedTuple):
+  """What a task minimises, in three pure functions.
+
+  Attributes:
+    randomize: (key, batch) -> batch. Draws everything random of a step, one
+      row per image of the global batch, so that the draw depends neither on
+      the devices nor on the micro-batches.
+    statistics: (params, batch) -> tree, or None. Means over the batch in
+      which the loss is not linear; accumulation averages them first.
+    loss: (params, batch, statistics) -> (scalar, {name: scalar}). Statistics
+      are None, or those of the whole batch of which `batch` is one part; the
+      mean of the parts' gradients is then the gradient of the whole.
+  """
+
+  randomize: Callable[[jax.Array, PyTree], PyTree]
+  statistics: Callable[[PyTree, PyTree], PyTree] | None
+  loss: Callable[[PyTree, PyTree, PyTree], tuple[jax.Array, Scalars]]
+
+
+def init_state(
+  init: Callable[[jax.Array], PyTree],
+  optimizer: optax.GradientTransformation,
+  key: jax.Array,
+  mesh: Mesh,
+) -> TrainState:
+  """Initial state, each array made where it will live.
+
+  Args:
+    init: key -> params.
+    optimizer: whose state to add.
+    key: the initial parameters depend on it alone, not on the mesh.
+    mesh: the state is laid out by `sharding.state_sharding`.
+  """
+
+  def make(key):
+    params = init(key)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optimizer.init(params), zero, zero)
+
+  layout = sharding.state_sharding(jax.eval_shape(make, key), mesh)
+  return jax.jit(make, out_shardings=layout)(key)
+
+
+def make_train_step(
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  layout: PyTree,
+  *,
+  seed: int,
+  micro_batches: int = 1,
+  max_skips: int = 5,
+) -> Callable[[TrainState, PyTree], tuple[TrainState, Scalars]]:
+  """Returns a jitted (state, batch) -> (state, metrics); donates `state`.
+
+  A step is a pure function of (state, batch, seed): its randomness is
+  fold_in(key(seed), state.step), the same on any number of devices.
+
+  Args:
+    objective: what to minimise.
+    optimizer: its updates are applied to the parameters.
+    mesh: the batch is split over all of it.
+    layout: shardings of the state, kept by the step.
+    seed: of everything random.
+    micro_batches: gradient accumulation; the batch is taken in this many
+      parts, with the same gradient as in one.
+    max_skips: a step whose loss or gradient is not finite is not applied, but
+      counted. After this many in a row nothing is applied any more, so that
+      the state stays as it was until the host looks.
+
+  Returns:
+    The step. Its metrics are those of the objective, computed over the global
+    batch, and loss, gradient_norm, update_norm, skipped, skipped_in_a_row.
+  """
+  batch_layout = sharding.batch_sharding(mesh)
+
+  @functools.partial(
+    jax.jit,
+    in_shardings=(layout, batch_layout),
+    out_shardings=(layout, sharding.replicated(mesh)),
+    donate_argnums=0,
+  )
+  def train_step(state: TrainState, batch: PyTree):
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    batch = objective.randomize(key, batch)
+    (loss, parts), grads = gradients(
+      objective, state.params, batch, micro_batches, batch_layout
+    )
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    apply = finite & (state.skipped_in_a_row < max_skips)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(apply, new, old),
+      (params, opt_state),
+      (state.params, state.opt_state),
+    )
+    skip = 1 - apply.astype(jnp.int32)
+    state = TrainState(
+      state.step + 1,
+      params,
+      opt_state,
+      state.skipped + skip,
+      (state.skipped_in_a_row + 1) * skip,
+    )
+    metrics = parts | {
+      "loss": loss,
+      "gradient_norm": grad_norm,
+      "update_norm": optax.tree.norm(updates),
+      "skipped": state.skipped,
+      "skipped_in_a_row": state.skipped_in_a_row,
+    }
+    return state, metrics
+
+  return train_step
+
+
+def gradients(
+  objective: Objective,
+  params: PyTree,
+  batch: PyTree,
+  micro_batches: int = 1,
+  batch_layout: jax.sharding.Sharding | None = None,
+) -> tuple[tuple[jax.Array, Scalars], PyTree]:
+  """((loss, parts), gradient) of the whole batch, taken in equal parts.
+
+  With several parts there are two passes: the first, forward only, averages
+  the objective's statistics; the second takes gradients, given these. The
+  result is that of one part for any number (Objective says why).
+
+  Args:
+    objective: what to differentiate.
+    params: where.
+    batch: tree of arrays with B rows, randomised.
+    micro_batches: parts; must divide B.
+    batch_layout: sharding of a part's rows, where there is a mesh.
+  """
+  grad = jax.value_and_grad(objective.loss, has_aux=True)
+  if micro_batches == 1:
+    return grad(params, batch, None)
+
+  def split(x):
+    # Every n-th row goes to one part, so that parts use all the devices.
+    x = jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0)
+    if batch_layout is None:
+      return x
+    spec = jax.sharding.PartitionSpec(None, *batch_layout.spec)
+    layout = jax.sharding.NamedSharding(batch_layout.mesh, spec)
+    return jax.lax.with_sharding_constraint(x, layout)
+
+  parts = jax.tree.map(split, batch)
+  statistics = None
+  if objective.statistics is not None:
+    statistics = _mean_over(
+      lambda part: objective.statistics(params, part), parts
+    )
+  return _mean_over(lambda part: grad(params, part, statistics), parts)
+
+
+def _mean_over(function: Callable[[PyTree], PyTree], parts: PyTree) -> PyTree:
+  """Mean of `function` over the first axis of `parts`, one at a time."""
+  number = len(jax.tree.leaves(parts)[0])
+  first = jax.tree.map(lambda x: x[0], parts)
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first)
+  )
+
+  def add(total, part):
+    return jax.tree.map(jnp.add, total, function(part)), None
+
+  total, _ = jax.lax.scan(add, zeros, parts)
+  return jax.tree.map(lambda x: x / number, total)
