@@ -1,0 +1,114 @@
+"""The shape of the package is a test: who may import whom, and how big."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+PACKAGE = REPOSITORY / "umae_jax"
+MAX_LINES, MAX_FUNCTION_LINES, MAX_PACKAGE_LINES = 300, 60, 5000
+
+# Level of each module or folder: a module imports only from lower levels, and
+# from its own folder where it has one.
+LEVELS = {
+  "main": 5,
+  "loop": 4,
+  "tasks": 3,
+  "train_step": 2,
+  "evals": 2,
+  "analysis": 2,
+  "models": 1,
+  "convert": 1,
+  # What needs no Flax: images to patches; losses are made of it.
+  "models.masking": 0,
+  "models.patches": 0,
+  "losses": 0.5,
+  "optimizers": 0,
+  "sharding": 0,
+  "config": 0,
+  "metrics": 0,
+  "checkpoint": 0,
+  "workdir": 0,
+  "data": 0,
+}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+NAMES = [
+  ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in MODULES
+]
+ONLY = {  # Which folders or modules may import a library.
+  "flax": {"models"},
+  "orbax": {"checkpoint"},
+  "tensorflow": {"data"},
+  "tensorflow_datasets": {"data"},
+  "torch": {"convert"},
+}
+
+
+def imported(tree):
+  """Full names of the modules that `tree` imports, at any depth."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, "imports are absolute"
+      yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def level(name):
+  """The level of `models.vit`: its own, or its folder's."""
+  return LEVELS.get(name, LEVELS.get(name.split(".")[0]))
+
+
+@pytest.mark.parametrize("path, name", list(zip(MODULES, NAMES)), ids=NAMES)
+def test_module_keeps_its_layer_and_size(path, name):
+  source = path.read_text()
+  tree = ast.parse(source)
+  assert ast.get_docstring(tree), "a module says what it is for"
+  name = name.removesuffix(".__init__")
+  for other in imported(tree):
+    library = other.split(".")[0]
+    assert name.split(".")[0] in ONLY.get(library, {name.split(".")[0]})
+    if not other.startswith("umae_jax.") or name == "__init__":
+      continue
+    parts = other.removeprefix("umae_jax.").split(".")
+    if parts[0] == "UserError" or parts[0] == name.split(".")[0]:
+      continue
+    theirs = level(".".join(parts[:2]))
+    assert theirs is not None, f"{other} has no level"
+    assert theirs < level(name), f"{name} must not import {other}"
+  assert len(source.splitlines()) <= MAX_LINES
+  for node in ast.walk(tree):
+    if isinstance(node, ast.FunctionDef):
+      size = node.end_lineno - node.lineno + 1
+      assert size <= MAX_FUNCTION_LINES, f"{node.name}: {size} lines"
+
+
+def test_the_package_stays_small():
+  lines = sum(len(path.read_text().splitlines()) for path in MODULES)
+  assert lines <= MAX_PACKAGE_LINES
+
+
+def test_nothing_is_called_after_nothing():
+  words = {"utils", "util", "common", "helpers", "helper", "misc"}
+  assert not words & {part for name in NAMES for part in name.split(".")}
+
+
+def test_every_module_has_a_test_file():
+  tests = REPOSITORY / "tests"
+  for name in NAMES:
+    if not name.endswith("__init__"):
+      file = tests / pathlib.Path(*name.split("."))
+      assert file.with_name(file.name + "_test.py").exists(), name
+
+
+def test_importing_the_package_loads_neither_jax_nor_tensorflow():
+  program = (
+    "import sys, umae_jax\n"
+    "assert not {'jax', 'tensorflow'} & set(sys.modules)\n"
+    "import umae_jax.loop\n"
+    "assert 'tensorflow' not in sys.modules\n"
+  )
+  subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY)

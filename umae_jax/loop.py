@@ -1,0 +1,309 @@
+"""The one training loop, for every task: resume, step, log, evaluate, save."""
+
+import contextlib
+import functools
+import pathlib
+import signal
+import threading
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+import ml_collections
+
+from umae_jax import (
+  UserError,
+  checkpoint,
+  metrics,
+  sharding,
+  train_step,
+  workdir,
+)
+from umae_jax import config as config_lib
+from umae_jax.analysis import pictures
+from umae_jax.data import pipeline, sources
+from umae_jax.tasks import Task, pretrain
+
+TASKS = {"pretrain": pretrain.make}
+MAX_SKIPS = 5  # Steps in a row that may be skipped before the run stops.
+
+
+class Run(NamedTuple):
+  """A run that has been validated and may start."""
+
+  config: ml_collections.ConfigDict
+  plan: config_lib.Plan
+  mesh: Mesh
+  directory: pathlib.Path
+  train_source: sources.Source
+  task: Task
+
+
+def prepare(
+  config: ml_collections.ConfigDict,
+  directory: str,
+  *,
+  allow_config_change: bool = False,
+) -> Run:
+  """Checks everything that can be checked before the first compilation.
+
+  Writes nothing.
+
+  Raises:
+    UserError: a bad key, missing data, or a work directory of another run.
+  """
+  config_lib.validate(
+    config,
+    num_devices=jax.device_count(),
+    num_processes=jax.process_count(),
+  )
+  data = config.data
+  train_source, eval_source = (
+    sources.open_source(
+      data.name,
+      split,
+      directory=data.directory,
+      eval_fraction=data.eval_fraction,
+      classes=data.classes,
+      image_size=tuple(data.image_size),
+      channels=data.channels,
+    )
+    for split in (data.train_split, data.eval_split)
+  )
+  plan = config_lib.plan(config, train_source.num_examples)
+  path = pathlib.Path(directory).expanduser()
+  workdir.check(
+    path,
+    config_lib.flatten(config),
+    free_keys=config_lib.FREE_KEYS,
+    allow_change=allow_config_change,
+  )
+  mesh = sharding.make_mesh(config.mesh.fsdp)
+  task = TASKS[config.task](config, plan, mesh, train_source, eval_source)
+  return Run(config, plan, mesh, path, train_source, task)
+
+
+def train(run: Run) -> bool:
+  """Trains until the plan's last step, from the newest checkpoint if any.
+
+  Returns:
+    True if the run is finished, False if it was asked to stop (SIGTERM) and
+    has saved its state.
+
+  Raises:
+    FloatingPointError: the gradient was not finite five times in a row.
+    UserError: checkpoints or images that cannot be read.
+  """
+  first = jax.process_index() == 0
+  if first:
+    workdir.claim(run.directory, config_lib.flatten(run.config))
+  with contextlib.ExitStack() as stack:
+    checkpoints = stack.enter_context(
+      checkpoint.open_checkpoints(
+        run.directory / workdir.CHECKPOINTS,
+        keep_last=run.config.checkpoint.keep_last,
+        keep_every=run.config.checkpoint.keep_every_steps or None,
+      )
+    )
+    state, start = restore_or_init(run, checkpoints)
+    if first:
+      describe(run, state, start)
+    log = stack.enter_context(
+      contextlib.closing(
+        metrics.MetricsLog(
+          run.directory, resume_step=start or None, active=first
+        )
+      )
+    )
+    finished = start == run.plan.total_steps or run_steps(
+      run, state, start, checkpoints, log
+    )
+  if finished and first:
+    conclude(run)
+  return finished
+
+
+def restore_or_init(run, checkpoints):
+  """(state, its step): the newest good checkpoint's, or a new one."""
+  key = jax.random.key(run.config.seed)
+  state = train_step.init_state(
+    run.task.init, run.task.optimizer, key, run.mesh
+  )
+  step, restored = checkpoints.restore_newest(state)
+  if step is None:
+    return state, 0
+  if step > run.plan.total_steps:
+    raise UserError(
+      f"--workdir={run.directory} has a checkpoint at step {step}, beyond "
+      f"this configuration's last, {run.plan.total_steps}; use another "
+      "--workdir or a larger config.num_epochs."
+    )
+  return restored, step
+
+
+def run_steps(run, state, start, checkpoints, log) -> bool:
+  """Steps `start` + 1 to the last; False if asked to stop before.
+
+  The host waits for the device only at steps that log, evaluate or save.
+  """
+  config, plan = run.config, run.plan
+  layout = jax.tree.map(lambda x: x.sharding, state)
+  step_function = train_step.make_train_step(
+    run.task.objective,
+    run.task.optimizer,
+    run.mesh,
+    layout,
+    seed=config.seed,
+    micro_batches=config.micro_batches,
+    max_skips=MAX_SKIPS,
+  )
+  progress = metrics.Progress(
+    plan.total_steps,
+    start,
+    config.batch_size,
+    active=jax.process_index() == 0,
+  )
+  with (
+    stop_on_sigterm() as stop,
+    contextlib.closing(progress),
+    contextlib.closing(train_batches(run, start)) as batches,
+  ):
+    for step in range(start + 1, plan.total_steps + 1):
+      batch = sharding.to_global(next(batches), run.mesh)
+      state, scalars = step_function(state, batch)
+      last = step == plan.total_steps
+      stopping = sharding.preempted(step, stop.is_set())
+      log_now = last or step % config.log.every_steps == 0
+      evaluate = last or step % plan.evaluate_every == 0
+      save = last or stopping or step % config.checkpoint.every_steps == 0
+      if not (log_now or evaluate or save):
+        continue
+      scalars = to_floats(run, step, scalars, len(batches.unreadable))
+      if log_now:
+        log.write(step, "train", scalars | progress.update(step, scalars))
+      require_finite(step, scalars, checkpoints.steps)
+      with progress.paused():
+        if evaluate:
+          evaluate_and_draw(run, state.params, step, log)
+        if save:
+          checkpoints.save(step, state, wait=stopping)
+      if stopping and not last:
+        return False
+  return True
+
+
+def train_batches(run, start):
+  """This process's rows of the batches of steps `start` + 1, ..."""
+  data = run.config.data
+  return pipeline.train_batches(
+    run.train_source,
+    batch_size=run.config.batch_size,
+    seed=run.config.seed,
+    start_step=start,
+    image_size=tuple(data.image_size),
+    channels=data.channels,
+    crop_scale=tuple(data.crop_scale),
+    flip=data.flip,
+    shuffle_buffer=data.shuffle_buffer,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    max_unreadable=data.max_unreadable,
+  )
+
+
+@contextlib.contextmanager
+def stop_on_sigterm():
+  """An event that SIGTERM sets, instead of ending the process.
+
+  With several processes JAX's preemption service has the signal.
+  """
+  event = threading.Event()
+  if (
+    jax.process_count() > 1
+    or threading.current_thread() is not threading.main_thread()
+  ):
+    yield event
+    return
+  old = signal.signal(signal.SIGTERM, lambda *unused: event.set())
+  try:
+    yield event
+  finally:
+    signal.signal(signal.SIGTERM, old)
+
+
+def to_floats(run, step, scalars, unreadable):
+  """Waits for the step, and adds what the host knows of it."""
+  scalars = {k: float(v) for k, v in jax.device_get(scalars).items()}
+  # The rate of the update just made, the `applied`-th.
+  applied = max(step - int(scalars["skipped"]) - 1, 0)
+  scalars["learning_rate"] = float(run.task.schedule(applied))
+  return scalars | {"unreadable_images": unreadable}
+
+
+def require_finite(step, scalars, saved_steps):
+  """Stops a run that cannot go on, with what is known."""
+  if scalars["skipped_in_a_row"] < MAX_SKIPS:
+    return
+  known = ", ".join(f"{k} {v:.4g}" for k, v in scalars.items())
+  saved = f"step {saved_steps[-1]}" if saved_steps else "none yet"
+  raise FloatingPointError(
+    f"The gradient was not finite {MAX_SKIPS} times in a row, up to step "
+    f"{step} ({known}). None of these updates was applied; newest checkpoint: "
+    f"{saved}. Resume with a lower config.optimizer.base_lr and "
+    "--allow_config_change, or look for bad values in the data."
+  )
+
+
+def evaluate_and_draw(run, params, step, log):
+  """Evaluates, logs, and brings the pictures up to date."""
+  scalars, drawings = run.task.evaluate(params)
+  log.write(step, "eval", scalars)
+  if jax.process_index() != 0:
+    return
+  records = metrics.read_log(run.directory / workdir.METRICS)
+  curves = functools.partial(pictures.curves, records)
+  for name, draw in (drawings | {"curves": curves}).items():
+    log.image(step, name, draw(run.directory / f"{name}.png"))
+  shown = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+  print(f"evaluation at step {step}: {shown}", flush=True)
+
+
+def describe(run, state, start):
+  """Prints the configuration, the parameters and what is about to happen."""
+  flat = config_lib.flatten(run.config)
+  rows = [(key, str(value)) for key, value in flat.items()]
+  print(metrics.format_table(rows, ("config", "value")), end="\n\n")
+  print(parameter_table(state.params), end="\n\n")
+  plan, devices = run.plan, run.mesh.devices
+  print(
+    f"{run.train_source.num_examples} images, {plan.steps_per_epoch} steps an "
+    f"epoch, {plan.total_steps} in all; peak rate {plan.learning_rate:.4g}; "
+    f"{devices.size} x {devices.flat[0].device_kind}; "
+    + (f"resuming after step {start}." if start else "starting afresh."),
+    flush=True,
+  )
+
+
+def parameter_table(params) -> str:
+  """Numbers of parameters by module, two levels deep, and their sum."""
+  counts = {}
+  for path, x in jax.tree_util.tree_leaves_with_path(params):
+    name = "/".join(key.key for key in path[:2])
+    counts[name] = counts.get(name, 0) + x.size
+  rows = [(name, f"{count:,}") for name, count in counts.items()]
+  rows.append(("total", f"{sum(counts.values()):,}"))
+  return metrics.format_table(rows, ("parameters", "number"))
+
+
+def conclude(run):
+  """Writes summary.json and prints the closing table, from the log."""
+  records = metrics.read_log(run.directory / workdir.METRICS)
+  last = [record for record in records if record["split"] == "eval"][-1]
+  summary = {key: x for key, x in last.items() if key != "split"}
+  workdir.write_json(run.directory / workdir.SUMMARY, summary)
+  rows = [
+    (key, f"{x:.4f}" if isinstance(x, float) else str(x))
+    for key, x in summary.items()
+  ]
+  print(metrics.format_table(rows, ("finished", "value")))
+  print(f"The run in {run.directory} is finished.", flush=True)

@@ -1,0 +1,117 @@
+r"""Trains one run of umae_jax; the same command again resumes it.
+
+  python -m umae_jax.main --config=configs/digits.py --workdir=runs/digits
+  python -m umae_jax.main --config=configs/imagenet1k.py:vit_l16 \
+      --workdir=runs/large --config.loss.uniformity_weight=0
+
+Exit codes: 0 finished, 1 stopped with an error, 2 wrong usage, configuration
+or data, 75 asked to stop (SIGTERM) and saved: run the same command again.
+"""
+
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Before TensorFlow loads.
+
+from absl import app, flags, logging
+import jax
+from ml_collections import config_flags
+
+from umae_jax import UserError
+
+EXIT_ERROR, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config",
+  None,
+  "A file of configs/, with an optional variant, e.g. configs/digits.py:smoke. "
+  "Any of its keys can be set: --config.loss.uniformity_weight=0.1.",
+  lock_config=True,
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir",
+  None,
+  "Directory for checkpoints, logs and pictures; a run found here resumes.",
+)
+_MULTIHOST = flags.DEFINE_bool(
+  "multihost",
+  False,
+  "Join the other processes of this job first: found through the cluster "
+  "(TPU, SLURM, Kubernetes, MPI), or JAX_COORDINATOR_ADDRESS (host:port), "
+  "JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
+)
+_ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
+  "allow_config_change",
+  False,
+  "Resume the run in --workdir although its configuration was another.",
+)
+
+
+def main(argv: list[str]) -> int:
+  """Prepares the process, and calls the loop."""
+  del argv
+  logging.set_verbosity(logging.WARNING)  # Orbax tells much of its doings.
+  try:
+    connect()
+    # Imported late: a wrong flag should not wait for it.
+    from umae_jax import loop
+
+    run = loop.prepare(
+      _CONFIG.value,
+      _WORKDIR.value,
+      allow_config_change=_ALLOW_CONFIG_CHANGE.value,
+    )
+    return 0 if loop.train(run) else EXIT_PREEMPTED
+  except UserError as error:
+    return fail(error, EXIT_USAGE)
+  except FloatingPointError as error:
+    return fail(error, EXIT_ERROR)
+
+
+def connect() -> None:
+  """Joins the other processes, if asked to, and finds the devices."""
+  try:
+    if _MULTIHOST.value:
+      number = os.environ.get("JAX_NUM_PROCESSES")
+      index = os.environ.get("JAX_PROCESS_ID")
+      jax.distributed.initialize(
+        num_processes=number and int(number), process_id=index and int(index)
+      )
+    jax.devices()
+  except (RuntimeError, ValueError) as error:
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    raise UserError(
+      f"JAX found no devices to run on (JAX_PLATFORMS={wanted!r}): "
+      f"{str(error).splitlines()[0]} Install 'umae_jax[gpu]' or "
+      "'umae_jax[tpu]', or set JAX_PLATFORMS=cpu; for --multihost see --help."
+    ) from error
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Parses the flags; whatever is wrong with them is told in one line."""
+  try:
+    rest = flags.FLAGS(argv)
+  except Exception as error:
+    sys.exit(fail(error, EXIT_USAGE))
+  if len(rest) > 1:
+    sys.exit(fail(f"unexpected arguments {rest[1:]}", EXIT_USAGE))
+  for name in ("config", "workdir"):
+    if flags.FLAGS[name].value is None and not asks_for_help():
+      sys.exit(fail(f"--{name} is missing; see --help", EXIT_USAGE))
+  return rest
+
+
+def asks_for_help() -> bool:
+  """Whether one of absl's help flags is given."""
+  names = ("help", "helpfull", "helpshort", "helpxml", "only_check_args")
+  return any(flags.FLAGS[name].value for name in names)
+
+
+def fail(error: Exception | str, code: int) -> int:
+  """Prints an error for people, and returns the exit code."""
+  print(f"umae_jax: {error}", file=sys.stderr, flush=True)
+  return code
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=parse)

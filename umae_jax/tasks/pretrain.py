@@ -1,0 +1,267 @@
+"""Pretraining: U-MAE's objective, and evaluation of the encoder on the side."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import ml_collections
+import numpy as np
+
+from umae_jax import config as config_lib
+from umae_jax import losses, models, optimizers, sharding
+from umae_jax.analysis import pictures, spectrum
+from umae_jax.data import pipeline, sources
+from umae_jax.evals import features, knn, linear
+from umae_jax.models import patches as patches_lib
+from umae_jax.tasks import Evaluation, Task
+from umae_jax.train_step import Objective
+
+
+def make(
+  config: ml_collections.ConfigDict,
+  plan: config_lib.Plan,
+  mesh: Mesh,
+  train_source: sources.Source,
+  eval_source: sources.Source,
+) -> Task:
+  """The task of a validated configuration."""
+  model = make_model(config, mesh)
+  image_size, channels = tuple(config.data.image_size), config.data.channels
+  patches = np.prod(patches_lib.grid_shape(image_size, model.patch_size))
+
+  def init(key):
+    images = jnp.zeros((1, *image_size, channels))
+    ratio = config.loss.mask_ratio
+    return model.init(key, images, jnp.zeros((1, patches)), ratio)["params"]
+
+  schedule = optimizers.warmup_cosine(
+    plan.learning_rate,
+    warmup_steps=plan.warmup_steps,
+    total_steps=plan.total_steps,
+    min_learning_rate=config.optimizer.min_lr,
+  )
+  optimizer = optimizers.adamw(
+    schedule,
+    b1=config.optimizer.b1,
+    b2=config.optimizer.b2,
+    weight_decay=config.optimizer.weight_decay,
+  )
+  evaluate = make_evaluation(model, config, mesh, train_source, eval_source)
+  objective = make_objective(
+    model,
+    mean=config.data.mean,
+    std=config.data.std,
+    mask_ratio=config.loss.mask_ratio,
+    normalize_pixels=config.loss.normalize_pixels,
+    uniformity_weight=config.loss.uniformity_weight,
+  )
+  return Task(init, objective, optimizer, schedule, evaluate)
+
+
+def make_model(
+  config: ml_collections.ConfigDict, mesh: Mesh
+) -> models.MaskedAutoencoder:
+  """The model; "auto" dtype is bfloat16 wherever the mesh is not of CPUs."""
+  fields = dict(config.model)
+  if fields["dtype"] == "auto":
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    fields["dtype"] = "float32" if on_cpu else "bfloat16"
+  fields["dtype"] = jnp.dtype(fields["dtype"])
+  return models.MaskedAutoencoder(**fields)
+
+
+def normalize(images: jax.Array, mean, std) -> jax.Array:
+  """(B, H, W, C) uint8 to float32, with given mean and deviation of [0, 1]."""
+  shape = (1, 1, 1, images.shape[-1])
+  mean, std = (jnp.asarray(x, jnp.float32).reshape(shape) for x in (mean, std))
+  return (images.astype(jnp.float32) / 255 - mean) / std
+
+
+def make_objective(
+  model: models.MaskedAutoencoder,
+  *,
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
+  mask_ratio: float,
+  normalize_pixels: bool,
+  uniformity_weight: float,
+) -> Objective:
+  """L_MAE + lambda * L_unif of the class token, which the reference uses.
+
+  Batches hold "image" (B, H, W, C) uint8; `randomize` adds "noise" (B, L).
+  """
+
+  def randomize(key, batch):
+    image = batch["image"]
+    patches = np.prod(
+      patches_lib.grid_shape(image.shape[1:3], model.patch_size)
+    )
+    noise = jax.random.uniform(key, (len(image), patches))
+    return {"image": image, "noise": noise}
+
+  def statistics(params, batch):
+    tokens = model.apply(
+      {"params": params},
+      normalize(batch["image"], mean, std),
+      batch["noise"],
+      mask_ratio,
+      method=model.encode_visible,
+    )
+    return losses.second_moment(tokens[:, 0])
+
+  def loss(params, batch, batch_moment):
+    images = normalize(batch["image"], mean, std)
+    out = model.apply({"params": params}, images, batch["noise"], mask_ratio)
+    reconstruction = losses.reconstruction_loss(
+      images,
+      out.prediction,
+      out.mask,
+      patch_size=model.patch_size,
+      normalize_pixels=normalize_pixels,
+    )
+    uniformity = losses.uniformity_loss(out.tokens[:, 0], batch_moment)
+    return reconstruction + uniformity_weight * uniformity, {
+      "reconstruction_loss": reconstruction,
+      "uniformity_loss": uniformity,
+      "effective_dimension": 1 / uniformity,
+    }
+
+  return Objective(randomize, statistics, loss)
+
+
+def make_evaluation(model, config, mesh, train_source, eval_source):
+  """Returns params -> Evaluation, on the splits of the two sources."""
+  data, evaluation = config.data, config.evaluation
+  batches = functools.partial(
+    pipeline.eval_batches,
+    batch_size=config.batch_size,
+    image_size=tuple(data.image_size),
+    channels=data.channels,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  replicated = sharding.replicated(mesh)
+  to_global = functools.partial(sharding.to_global, mesh=mesh)
+  encode = jax.jit(
+    lambda params, images: model.apply(
+      {"params": params},
+      normalize(images, data.mean, data.std),
+      method=model.encode,
+    )[:, 0],
+    out_shardings=replicated,
+  )
+  held_out = make_held_out_losses(model, config, replicated)
+  reconstruct = jax.jit(
+    functools.partial(reconstructions, model, config), out_shardings=replicated
+  )
+
+  def evaluate(params):
+    def extract(source, limit):
+      encoder = functools.partial(encode, params)
+      return features.extract(encoder, batches(source, limit=limit), to_global)
+
+    train = extract(train_source, evaluation.train_images)
+    test = extract(eval_source, evaluation.test_images)
+    classes = len(eval_source.class_names)
+    singular_values = spectrum.singular_values(test[0])
+    scalars = held_out(
+      params,
+      map(to_global, batches(eval_source, limit=evaluation.test_images)),
+    ) | {
+      "effective_rank": spectrum.effective_rank(singular_values),
+      "participation_ratio": spectrum.participation_ratio(singular_values),
+      "linear_accuracy": linear.ridge_probe(*train, *test, num_classes=classes),
+      "knn_accuracy": knn.weighted_knn(
+        *train,
+        *test,
+        k=evaluation.knn_k,
+        temperature=evaluation.knn_temperature,
+        num_classes=classes,
+      ),
+    }
+    first = to_global(next(iter(batches(eval_source, limit=config.log.images))))
+    triples = reconstruct(params, first["image"])
+    shown = [np.asarray(x)[: config.log.images] for x in triples]
+    return Evaluation(
+      {name: float(value) for name, value in scalars.items()},
+      {
+        "reconstructions": functools.partial(pictures.reconstructions, *shown),
+        "spectrum": functools.partial(
+          pictures.spectrum, {"class token": singular_values}
+        ),
+      },
+    )
+
+  return evaluate
+
+
+def make_held_out_losses(model, config, replicated):
+  """Returns (params, batches) -> both losses over a whole split.
+
+  The masks are always the same ones. The uniformity loss is over all pairs of
+  the split, so that its diagonal term is 1 / N, not 1 / B.
+  """
+  objective = dict(
+    patch_size=model.patch_size, normalize_pixels=config.loss.normalize_pixels
+  )
+
+  @functools.partial(jax.jit, out_shardings=replicated)
+  def sums(params, batch, number):
+    images = normalize(batch["image"], config.data.mean, config.data.std)
+    noise = evaluation_noise(model, images, config.seed, number)
+    out = model.apply({"params": params}, images, noise, config.loss.mask_ratio)
+    seen = batch["mask"].astype(jnp.float32)  # (B,), 0 for padding
+    count = seen.sum()
+    mean = losses.reconstruction_loss(
+      images, out.prediction, out.mask * seen[:, None], **objective
+    )
+    moment = losses.second_moment(out.tokens[:, 0] * seen[:, None])
+    total = jnp.where(count > 0, mean * count, 0.0)
+    return count, total, moment * len(images)
+
+  def held_out_losses(params, batches):
+    parts = [sums(params, batch, i) for i, batch in enumerate(batches)]
+    parts = jax.device_get(parts)
+    count, total, moment = (sum(x) for x in zip(*parts, strict=True))
+    return {
+      "reconstruction_loss": total / count,
+      "uniformity_loss": np.square(moment / count).sum(),
+    }
+
+  return held_out_losses
+
+
+def evaluation_noise(model, images, seed, number):
+  """(B, L) noise of evaluation batch `number`, the same at every evaluation."""
+  grid = patches_lib.grid_shape(images.shape[1:3], model.patch_size)
+  key = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)  # No step.
+  key = jax.random.fold_in(key, number)
+  return jax.random.uniform(key, (len(images), np.prod(grid)))
+
+
+def reconstructions(model, config, params, images):
+  """(original, masked, predicted), each (B, H, W, C) float32 in [0, 1].
+
+  Predictions of normalised targets are given back each patch's own mean and
+  deviation, which the loss never asks the model for.
+  """
+  mean, std = config.data.mean, config.data.std
+  size, patch = images.shape[1:3], model.patch_size
+  x = normalize(images, mean, std)
+  noise = evaluation_noise(model, x, config.seed, 0)
+  out = model.apply({"params": params}, x, noise, config.loss.mask_ratio)
+  prediction = out.prediction
+  if config.loss.normalize_pixels:
+    target = patches_lib.patchify(x, patch)
+    deviation = jnp.sqrt(target.var(-1, keepdims=True, ddof=1) + 1e-6)
+    prediction = prediction * deviation + target.mean(-1, keepdims=True)
+  predicted = patches_lib.unpatchify(prediction, patch, size)
+  removed = jnp.broadcast_to(out.mask[:, :, None], prediction.shape)
+  removed = patches_lib.unpatchify(removed, patch, size)
+  shape = (1, 1, 1, images.shape[-1])
+  mean, std = (jnp.asarray(v, jnp.float32).reshape(shape) for v in (mean, std))
+  original = images.astype(jnp.float32) / 255
+  predicted = jnp.clip(predicted * std + mean, 0, 1)
+  masked = jnp.where(removed > 0, 0.5, original)
+  return original, masked, predicted

@@ -1,0 +1,114 @@
+"""The work directory: whose it is, and whether this run may go on in it."""
+
+from collections.abc import Sequence
+import json
+import os
+import pathlib
+from typing import Any
+
+from umae_jax import UserError
+
+CONFIG = "config.json"
+SUMMARY = "summary.json"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+def check(
+  path: pathlib.Path,
+  config: dict[str, Any],
+  *,
+  free_keys: Sequence[str] = (),
+  allow_change: bool = False,
+) -> None:
+  """Refuses a work directory in which this run cannot start or resume.
+
+  Writes nothing.
+
+  Args:
+    path: the directory; it need not exist yet.
+    config: the run's configuration, {"a.b": value}, of JSON's values.
+    free_keys: prefixes of keys that may differ from the run found there.
+    allow_change: resume although other keys differ, too.
+
+  Raises:
+    UserError: not a directory, not writable, not a run's, or another run's.
+  """
+  _check_writable(path)
+  if not (path / CONFIG).exists():
+    found = [x for x in (METRICS, SUMMARY, CHECKPOINTS) if (path / x).exists()]
+    if found:
+      raise UserError(
+        f"--workdir={path} holds {', '.join(found)} but no {CONFIG}, so it is "
+        "not known what made them; use another --workdir."
+      )
+    return
+  old = _read_config(path / CONFIG)
+  changes = [
+    f"  config.{key}: {old.get(key)!r} there, {config.get(key)!r} now"
+    for key in sorted(old.keys() | config.keys())
+    if old.get(key) != config.get(key) and not key.startswith(tuple(free_keys))
+  ]
+  if changes and not allow_change:
+    raise UserError(
+      f"--workdir={path} holds a run of another configuration:\n"
+      + "\n".join(changes)
+      + "\nUse another --workdir, or set these back; --allow_config_change "
+      "resumes that run with the new values."
+    )
+
+
+def claim(path: pathlib.Path, config: dict[str, Any]) -> None:
+  """Makes the directory and writes the configuration into it.
+
+  A different one found there is kept as config.1.json, config.2.json, ...
+
+  Raises:
+    UserError: the file system refuses.
+  """
+  file = path / CONFIG
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+      if _read_config(file) == config:
+        return
+      number = 1
+      while (backup := path / f"config.{number}.json").exists():
+        number += 1
+      file.replace(backup)
+    write_json(file, config)
+  except OSError as error:
+    raise UserError(
+      f"--workdir={path} cannot be written ({error.strerror}); choose another."
+    ) from error
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes JSON atomically: the file is the old one or the new one."""
+  temporary = path.with_suffix(".json.tmp")
+  temporary.write_text(json.dumps(value, indent=2) + "\n")
+  temporary.replace(path)
+
+
+def _check_writable(path):
+  """The path, or the nearest parent that exists, is a writable directory."""
+  nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+  if not nearest.is_dir():
+    raise UserError(f"--workdir={path}: {nearest} is a file; name a directory.")
+  if not os.access(nearest, os.W_OK | os.X_OK):
+    raise UserError(
+      f"--workdir={path}: no permission to write in {nearest}; choose a "
+      "directory of your own."
+    )
+
+
+def _read_config(file):
+  try:
+    config = json.loads(file.read_text())
+    assert isinstance(config, dict)
+    assert "task" in config
+  except (ValueError, AssertionError, OSError) as error:
+    raise UserError(
+      f"{file} is not a configuration of umae_jax; use another --workdir."
+    ) from error
+  return config
