@@ -29,6 +29,7 @@ LEVELS = {
   "optimizers": 0,
   "sharding": 0,
   "config": 0,
+  "validation": 0.5,
   "metrics": 0,
   "checkpoint": 0,
   "workdir": 0,

@@ -17,6 +17,7 @@ from umae_jax import (
   metrics,
   sharding,
   train_step,
+  validation,
   workdir,
 )
 from umae_jax import config as config_lib
@@ -52,7 +53,7 @@ def prepare(
   Raises:
     UserError: a bad key, missing data, or a work directory of another run.
   """
-  config_lib.validate(
+  validation.validate(
     config,
     num_devices=jax.device_count(),
     num_processes=jax.process_count(),

@@ -8,16 +8,21 @@ Exit codes: 0 finished, 1 stopped with an error, 2 wrong usage, configuration
 or data, 75 asked to stop (SIGTERM) and saved: run the same command again.
 """
 
+import difflib
 import os
+import pathlib
+import re
 import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Before TensorFlow loads.
 
 from absl import app, flags, logging
 import jax
+import ml_collections
 from ml_collections import config_flags
 
 from umae_jax import UserError
+from umae_jax import config as config_lib
 
 EXIT_ERROR, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
 
@@ -63,7 +68,7 @@ def main(argv: list[str]) -> int:
     )
     return 0 if loop.train(run) else EXIT_PREEMPTED
   except UserError as error:
-    return fail(error, EXIT_USAGE)
+    return fail(error)
   except FloatingPointError as error:
     return fail(error, EXIT_ERROR)
 
@@ -90,15 +95,42 @@ def connect() -> None:
 def parse(argv: list[str]) -> list[str]:
   """Parses the flags; whatever is wrong with them is told in one line."""
   try:
+    check_overrides(argv)
     rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+      raise UserError(f"unexpected arguments {rest[1:]}; see --help")
+    if not asks_for_help():
+      check_required()
   except Exception as error:
-    sys.exit(fail(error, EXIT_USAGE))
-  if len(rest) > 1:
-    sys.exit(fail(f"unexpected arguments {rest[1:]}", EXIT_USAGE))
-  for name in ("config", "workdir"):
-    if flags.FLAGS[name].value is None and not asks_for_help():
-      sys.exit(fail(f"--{name} is missing; see --help", EXIT_USAGE))
+    lines = str(error).strip().splitlines()
+    sys.exit(fail(f"{lines[0]} {lines[-1]}" if lines[1:] else lines[0]))
   return rest
+
+
+def check_overrides(argv: list[str]) -> None:
+  """Refuses --config.KEY for keys that no config has."""
+  keys = config_lib.flatten(config_lib.defaults())
+  for argument in argv[1:]:
+    match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+    if match and match[1] not in keys:
+      near = difflib.get_close_matches(match[1], keys, cutoff=0.5)
+      raise UserError(
+        f"config.{match[1]} is not a key; did you mean one of {near}? "
+        "umae_jax/config.py lists them all."
+      )
+
+
+def check_required() -> None:
+  """Refuses missing flags, and a --config that is not there."""
+  for name in ("config", "workdir"):
+    if flags.FLAGS[name].value is None:
+      raise UserError(f"--{name} is missing; see --help")
+  if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
+    names = [str(path) for path in sorted(pathlib.Path("configs").glob("*.py"))]
+    raise UserError(
+      "--config names no readable file; in this directory there are "
+      f"{names}, each with optional :variant."
+    )
 
 
 def asks_for_help() -> bool:
@@ -107,7 +139,7 @@ def asks_for_help() -> bool:
   return any(flags.FLAGS[name].value for name in names)
 
 
-def fail(error: Exception | str, code: int) -> int:
+def fail(error: Exception | str, code: int = EXIT_USAGE) -> int:
   """Prints an error for people, and returns the exit code."""
   print(f"umae_jax: {error}", file=sys.stderr, flush=True)
   return code

@@ -1,0 +1,100 @@
+import importlib.util
+import pathlib
+
+import pytest
+
+from umae_jax import UserError, validation
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+
+def load(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+DIGITS = REPOSITORY / "configs" / "digits.py"
+
+
+@pytest.mark.parametrize(
+  "key, value, message",
+  [
+    ("task", "train", "config.task='train' is not a task"),
+    ("batch_size", 100, r"batch_size=100 \(global\).*multiple of 16"),
+    ("batch_size", 0, "batch_size=0 must be greater than 0"),
+    ("micro_batches", 3, "micro_batches=3; use a multiple of 48"),
+    ("seed", -1, "seed=-1 must be 0 or more"),
+    ("mesh.fsdp", 5, r"mesh.fsdp=5 .*\[1, 2, 4, 8, 16\]"),
+    ("data.image_size", (9, 8), r"\(9, 8\) .*patch_size=2.* 8 and 10"),
+    ("data.image_size", (8,), "needs 2 numbers, height and width"),
+    ("data.mean", (0.5, 0.5), "mean=.* needs 1 numbers, one per channel"),
+    ("data.std", (0.0,), "std=.* must be greater than 0"),
+    ("data.channels", 4, "data.mean=.* needs 4 numbers"),
+    ("data.crop_scale", (0.5, 1.5), r"crop_scale=.*\(0, 1\]"),
+    ("data.eval_fraction", 1.0, r"eval_fraction=1.0 .*\(0, 1\)"),
+    ("model.width", 66, "width=66 .*num_heads=4; use a multiple of 4"),
+    ("model.decoder_num_heads", 3, "decoder_width=32 .*decoder_num_heads=3"),
+    ("model.dtype", "float16", "dtype='float16' is not one of"),
+    ("loss.mask_ratio", 0.0, "mask_ratio=0.0 leaves 16 of 16"),
+    ("loss.mask_ratio", 0.95, "mask_ratio=0.95 leaves 0 of 16"),
+    ("loss.uniformity_weight", float("nan"), "uniformity_weight=nan"),
+    ("optimizer.b2", 1.0, r"b2=1.0 must lie in \[0, 1\)"),
+    ("optimizer.warmup_epochs", 300.0, "warmup_epochs=300.0 is longer"),
+    ("optimizer.base_lr", -1.0, "base_lr=-1.0 must be greater than 0"),
+  ],
+)
+def test_bad_value_is_named_with_its_remedy(key, value, message):
+  config = load(DIGITS).get_config()
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(UserError, match=message):
+    validation.validate(config, num_devices=16)
+
+
+def test_a_width_that_cannot_hold_positions_is_named():
+  config = load(DIGITS).get_config()
+  config.model.update(width=66, num_heads=3)
+  with pytest.raises(UserError, match=r"model.width=66 .*multiple of 4"):
+    validation.validate(config, num_devices=1)
+
+
+def test_a_patch_of_one_value_cannot_be_normalised():
+  config = load(DIGITS).get_config()
+  config.model.patch_size = 1
+  validation.validate(config, num_devices=1)
+  config.loss.normalize_pixels = True
+  with pytest.raises(UserError, match="two values or more"):
+    validation.validate(config, num_devices=1)
+
+
+@pytest.mark.parametrize(
+  "key, value, message",
+  [
+    ("batch_size", "64", "batch_size='64' must be of type int, like 1024"),
+    ("batch_size", 64.0, "batch_size=64.0 must be of type int"),
+    ("data.flip", 1, "flip=1 must be of type bool, like True"),
+    ("seed", True, "seed=True must be of type int"),
+    ("data.mean", 0.5, "mean=0.5 must be of type list"),
+    ("loss.unif", 0.5, "config.loss.unif is not a key"),
+  ],
+)
+def test_keys_and_types_are_those_of_the_defaults(key, value, message):
+  config = load(DIGITS).get_config()
+  with config.ignore_type():
+    config.update_from_flattened_dict({key: value})
+  with pytest.raises(UserError, match=message):
+    validation.validate(config, num_devices=1)
+
+
+def test_a_missing_key_is_named():
+  config = load(DIGITS).get_config()
+  del config.loss.mask_ratio
+  with pytest.raises(UserError, match=r"config.loss.mask_ratio is missing"):
+    validation.validate(config, num_devices=1)
+
+
+def test_an_integer_will_do_for_a_float():
+  config = load(DIGITS).get_config()
+  config.num_epochs = 100
+  validation.validate(config, num_devices=1)
