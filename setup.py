@@ -20,6 +20,7 @@ setuptools.setup(
     "absl-py>=2.1",
     "chex>=0.1.90",
     "flax>=0.12",
+    "importlib-resources",  # TFDS imports it, and does not say so.
     "jax>=0.10",
     "matplotlib>=3.8",
     "ml-collections>=1.0",

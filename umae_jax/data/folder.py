@@ -1,0 +1,166 @@
+"""Image folders: one folder per class, its name the class."""
+
+from collections.abc import Iterable
+import hashlib
+import os
+import pathlib
+
+import numpy as np
+
+from umae_jax import UserError
+from umae_jax.data import class_lists
+from umae_jax.data.decode import SUFFIXES
+from umae_jax.data.table import TableSource
+
+_FLAT_SPLITS = ("train", "val", "test")  # "test" is another name for "val".
+
+
+def open_folder(
+  directory: str, split: str, *, eval_fraction: float, classes: str
+) -> TableSource:
+  """Lists the images of a split; opens none of them.
+
+  Args:
+    directory: holds the folders of the splits, each with class folders; or, if
+      it has neither train/ nor val/, the class folders themselves.
+    split: name of a split's folder; without those "train", "val" or "test"
+      (the same as "val").
+    eval_fraction: fraction of each class that is "val" where the split is
+      ours to make, in [0, 1); which images is decided by a hash of their
+      names, so it stays as it is when others are added.
+    classes: see `class_lists.select`.
+
+  Returns:
+    A source; its labels number the sorted names of the class folders.
+
+  Raises:
+    UserError: no such folder or split, no class folders, a class without an
+      image, or classes that differ between train/ and val/.
+  """
+  root = pathlib.Path(directory)
+  if not directory or not root.is_dir():
+    raise UserError(
+      f"config.data.directory={directory!r} is not a folder. Give the one that "
+      "holds train/ and val/, or the class folders, of config.data.name="
+      "'folder'."
+    )
+  if (root / "train").is_dir() or (root / "val").is_dir():
+    base, part = _split_folder(root, split), None
+  else:
+    base, part = root, _part(split, eval_fraction)
+  names, _ = class_lists.select(_class_names(base), classes)
+  for other in (root / "train", root / "val"):
+    if base != root and other.is_dir():
+      _check_same_classes(base, names, other, classes)
+
+  paths, labels = [], []
+  for label, name in enumerate(names):
+    images = _images(base / name)
+    chosen = images if part is None else _choose(images, part, eval_fraction)
+    paths.extend(str(base / name / image) for image in chosen)
+    labels.extend([label] * len(chosen))
+  if not paths:
+    raise UserError(
+      f"config.data.eval_fraction={eval_fraction} leaves no image for "
+      f"split={split!r} of {directory}: it is taken of every class, "
+      "rounded. Raise it, or put more images into the class folders."
+    )
+  return TableSource(
+    class_names=names,
+    labels=np.array(labels, np.int32),
+    load=lambda: paths,
+    name_of=paths.__getitem__,
+    is_path=True,
+  )
+
+
+def _split_folder(root: pathlib.Path, split: str) -> pathlib.Path:
+  """Returns root/split; raises UserError if it does not exist."""
+  splits = _folders(root)
+  if split not in splits:
+    raise UserError(
+      f"config.data.split={split!r} is not a folder of config.data.directory="
+      f"{str(root)!r}; it has {', '.join(map(repr, splits))}."
+    )
+  return root / split
+
+
+def _part(split: str, eval_fraction: float) -> str:
+  """Returns "train" or "val", the part of each class that `split` means."""
+  if split not in _FLAT_SPLITS:
+    raise UserError(
+      f"config.data.split={split!r} is not one of "
+      f"{', '.join(map(repr, _FLAT_SPLITS))}, the splits of a folder without "
+      "train/ and val/."
+    )
+  if not 0 <= eval_fraction < 1:
+    raise UserError(
+      f"config.data.eval_fraction={eval_fraction} is the fraction of images "
+      "held out for evaluation; it must lie in [0, 1), e.g. 0.1."
+    )
+  return "train" if split == "train" else "val"
+
+
+def _choose(
+  images: Iterable[str], part: str, eval_fraction: float
+) -> list[str]:
+  """Returns the "train" or "val" part of a class, sorted by name."""
+
+  def rank(image):
+    return hashlib.blake2b(os.fsencode(image), digest_size=8).digest()
+
+  ranked = sorted(images, key=rank)
+  num_held_out = round(eval_fraction * len(ranked))
+  held_out, rest = ranked[:num_held_out], ranked[num_held_out:]
+  return sorted(rest if part == "train" else held_out)
+
+
+def _folders(folder: pathlib.Path) -> list[str]:
+  """Sorted names of the folders in `folder` that are not hidden."""
+  with os.scandir(folder) as entries:
+    found = [e.name for e in entries if e.is_dir() and e.name[0] != "."]
+  return sorted(found)
+
+
+def _class_names(folder: pathlib.Path) -> list[str]:
+  """Sorted names of the class folders; raises UserError if there are none."""
+  names = _folders(folder)
+  if not names:
+    raise UserError(
+      f"config.data.directory: {folder} holds no class folders. There must be "
+      "one folder per class, with its images inside."
+    )
+  return names
+
+
+def _check_same_classes(
+  base: pathlib.Path, names: tuple[str, ...], other: pathlib.Path, classes: str
+) -> None:
+  """Raises UserError unless `other` has the classes `names` of `base`."""
+  others, _ = class_lists.select(_class_names(other), classes)
+  differ = sorted(set(names) ^ set(others))
+  if differ:
+    raise UserError(
+      f"config.data.directory: the class folders of {base} and {other} differ "
+      f"in {len(differ)}: {', '.join(differ[:5])}. Labels would not agree; "
+      "make them the same, or name the common ones in config.data.classes."
+    )
+
+
+def _images(folder: pathlib.Path) -> list[str]:
+  """Sorted paths, relative to `folder`, of the images in it and below."""
+  found = []
+  for parent, folders, files in os.walk(folder, followlinks=True):
+    folders[:] = [name for name in folders if name[0] != "."]
+    where = pathlib.Path(parent).relative_to(folder)
+    found.extend(
+      str(where / name)
+      for name in files
+      if name[0] != "." and name.lower().endswith(SUFFIXES)
+    )
+  if not found:
+    raise UserError(
+      f"config.data.directory: the class folder {folder} holds no image "
+      f"({', '.join(SUFFIXES)}). Put its images there, or remove it."
+    )
+  return sorted(found)
