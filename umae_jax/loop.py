@@ -130,16 +130,17 @@ def restore_or_init(run, checkpoints):
   state = train_step.init_state(
     run.task.init, run.task.optimizer, key, run.mesh
   )
-  step, restored = checkpoints.restore_newest(state)
-  if step is None:
+  restored = checkpoints.restore_newest(state)
+  if restored is None:
     return state, 0
+  step, state = restored
   if step > run.plan.total_steps:
     raise UserError(
       f"--workdir={run.directory} has a checkpoint at step {step}, beyond "
       f"this configuration's last, {run.plan.total_steps}; use another "
       "--workdir or a larger config.num_epochs."
     )
-  return restored, step
+  return state, step
 
 
 def run_steps(run, state, start, checkpoints, log) -> bool:

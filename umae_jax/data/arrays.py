@@ -89,6 +89,6 @@ def _check_split(name: str, split: str, splits: tuple[str, ...]) -> None:
   """Raises UserError unless `split` is one of `splits`."""
   if split not in splits:
     raise UserError(
-      f"config.data.split={split!r} is not a split of config.data.name="
+      f"config.data.*_split={split!r} is not a split of config.data.name="
       f"{name!r}; it has {', '.join(map(repr, splits))}."
     )

@@ -79,7 +79,7 @@ def _split_folder(root: pathlib.Path, split: str) -> pathlib.Path:
   splits = _folders(root)
   if split not in splits:
     raise UserError(
-      f"config.data.split={split!r} is not a folder of config.data.directory="
+      f"config.data.*_split={split!r} is not a folder of config.data.directory="
       f"{str(root)!r}; it has {', '.join(map(repr, splits))}."
     )
   return root / split
@@ -89,7 +89,7 @@ def _part(split: str, eval_fraction: float) -> str:
   """Returns "train" or "val", the part of each class that `split` means."""
   if split not in _FLAT_SPLITS:
     raise UserError(
-      f"config.data.split={split!r} is not one of "
+      f"config.data.*_split={split!r} is not one of "
       f"{', '.join(map(repr, _FLAT_SPLITS))}, the splits of a folder without "
       "train/ and val/."
     )

@@ -48,7 +48,7 @@ def open_tfds(
     kept = np.flatnonzero(new_labels[_labels(builder, pieces, label)] >= 0)
   if not kept.size:
     raise UserError(
-      f"config.data.split={split!r} of config.data.name={name!r} holds no "
+      f"config.data.*_split={split!r} of config.data.name={name!r} holds no "
       f"image of config.data.classes={classes!r}."
     )
   parse = _parser(builder, [image, label])
@@ -98,7 +98,7 @@ def _prepare(builder: Any, name: str) -> None:
 def _pieces(builder: Any, name: str, split: str) -> Pieces:
   """Returns where the records of the split lie."""
   splits = ", ".join(map(repr, builder.info.splits))
-  wrong = f"config.data.split={split!r} of config.data.name={name!r}"
+  wrong = f"config.data.*_split={split!r} of config.data.name={name!r}"
   try:
     info = builder.info.splits[split]
     found = info.file_instructions

@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.linear_model import Ridge
+from sklearn.preprocessing import StandardScaler
+
+from umae_jax.evals import linear
+
+
+def digits(noise=0.0):
+  x, y = load_digits(return_X_y=True)  # Some pixels are always 0.
+  x = x + noise * np.random.default_rng(0).normal(size=x.shape)
+  return x[:600].astype(np.float32), y[:600], x[600:], y[600:]
+
+
+def sklearn_scores(x, y, x_test, alpha):
+  scaler = StandardScaler().fit(x.astype(np.float64))
+  model = Ridge(alpha=alpha).fit(
+    scaler.transform(x.astype(np.float64)), np.eye(10)[y]
+  )
+  return model.predict(scaler.transform(x_test.astype(np.float64)))
+
+
+@pytest.mark.parametrize("alpha", [1e-2, 1.0, 1e4])
+def test_scores_equal_scikit_learn(alpha):
+  x, y, x_test, _ = digits()
+  (got,) = linear.ridge_scores(x.astype(np.float64), y, x_test, 10, [alpha])
+  np.testing.assert_allclose(
+    got, sklearn_scores(x, y, x_test, alpha), atol=1e-8
+  )
+
+
+@pytest.mark.parametrize("alpha", [1e-2, 1e4])
+def test_accuracy_equals_scikit_learn(alpha):
+  x, y, x_test, y_test = digits()
+  want = (sklearn_scores(x, y, x_test, alpha).argmax(1) == y_test).mean()
+  got = linear.ridge_probe(
+    x, y, x_test, y_test, num_classes=10, penalties=(alpha,)
+  )
+  assert got == want
+  assert 0.8 < got < 0.95
+
+
+def test_penalty_is_the_best_on_every_fifth_training_example():
+  x, y, x_test, y_test = digits(noise=10.0)
+  x, y = x[:100], y[:100]  # Few and noisy: the penalty matters.
+  held = np.arange(100) % 5 == 4
+  penalties = (1e-2, 1e2, 1e4)
+  scores = [
+    (sklearn_scores(x[~held], y[~held], x[held], a).argmax(1) == y[held]).mean()
+    for a in penalties
+  ]
+  best = penalties[int(np.argmax(scores))]
+  tests = [
+    (sklearn_scores(x, y, x_test, a).argmax(1) == y_test).mean()
+    for a in penalties
+  ]
+  assert len(set(scores)) == len(set(tests)) == 3
+  got = linear.ridge_probe(
+    x, y, x_test, y_test, num_classes=10, penalties=penalties
+  )
+  assert got == tests[penalties.index(best)]
+
+
+def test_test_labels_do_not_choose_the_penalty(monkeypatch):
+  x, y, x_test, y_test = digits()
+  fitted = []
+  scores = linear.ridge_scores
+  monkeypatch.setattr(
+    linear,
+    "ridge_scores",
+    lambda *a: (fitted.append((len(a[0]), a[2], a[4])), scores(*a))[1],
+  )
+  linear.ridge_probe(x, y, x_test, y_test, num_classes=10)
+  linear.ridge_probe(x, y, x_test, y_test[::-1], num_classes=10)
+  first, refit = fitted[:2]
+  assert first[0] == 480 and first[2] == linear.PENALTIES
+  np.testing.assert_array_equal(first[1], x[4::5])  # Whatever the classes.
+  assert refit[0] == 600 and refit[2] == fitted[3][2]
+
+
+def test_scale_and_shift_of_a_feature_do_not_matter():
+  x, y, x_test, y_test = digits()
+  a = linear.ridge_probe(x, y, x_test, y_test, num_classes=10)
+  scale = np.random.default_rng(0).uniform(0.01, 100, x.shape[1])
+  b = linear.ridge_probe(
+    x * scale + 3, y, x_test * scale + 3, y_test, num_classes=10
+  )
+  assert abs(a - b) < 0.002
+
+
+def test_a_class_without_examples_and_constant_features():
+  x = np.array([[1.0, 5.0], [1.1, 5.0], [-1.0, 5.0], [-1.1, 5.0], [1.0, 5.0]])
+  y = np.array([0, 0, 2, 2, 0])
+  assert linear.ridge_probe(x, y, x, y, num_classes=3) == 1.0

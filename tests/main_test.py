@@ -1,0 +1,298 @@
+"""The command line as people use it: real processes, killed and resumed."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+SMALL = [
+  "--config=configs/digits.py:smoke",
+  "--config.model.depth=1",
+  "--config.model.decoder_depth=1",
+  "--config.log.every_steps=1",
+]
+
+SUMMARY = (
+  "effective_rank",
+  "participation_ratio",
+  "knn_accuracy",
+  "linear_accuracy",
+  "reconstruction_loss",
+  "uniformity_loss",
+)
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+  """Starts the command with given flags, in a process of its own."""
+  cache = tmp_path_factory.mktemp("compiled")
+
+  def start(*flags, devices=1, **variables):
+    environment = os.environ | {
+      "JAX_NUM_CPU_DEVICES": str(devices),
+      "JAX_COMPILATION_CACHE_DIR": str(cache),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+      [sys.executable, "-m", "umae_jax.main", *map(str, flags)],
+      env=environment | variables,
+      cwd=REPOSITORY,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+
+  return start
+
+
+@pytest.fixture(scope="session")
+def finish(start):
+  """Runs the command to its end: (exit code, standard output, errors)."""
+
+  def finish(*flags, **options):
+    process = start(*flags, **options)
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors
+
+  return finish
+
+
+@pytest.fixture(scope="session")
+def reference(finish, tmp_path_factory):
+  """A finished run on one device: (its directory, what it printed)."""
+  workdir = tmp_path_factory.mktemp("reference") / "run"
+  code, output, errors = finish(*SMALL, f"--workdir={workdir}")
+  assert code == 0, errors
+  return workdir, output
+
+
+def read_log(workdir, split=None):
+  """The log without what is measured by a clock."""
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [
+    {key: x for key, x in record.items() if not key.startswith("time/")}
+    for record in map(json.loads, lines)
+    if split in (None, record["split"])
+  ]
+
+
+def read_state(workdir):
+  """The arrays of the newest checkpoint."""
+  steps = [p.name for p in (workdir / "checkpoints").iterdir()]
+  newest = max(int(name) for name in steps if name.isdecimal())
+  return newest, jax.tree.map(
+    np.asarray, ocp.load(workdir / "checkpoints" / str(newest))
+  )
+
+
+def assert_same_run(workdir, other):
+  """Log and last state, bit for bit."""
+  assert read_log(workdir) == read_log(other)
+  step, state = read_state(workdir)
+  other_step, other_state = read_state(other)
+  assert step == other_step
+  jax.tree.map(np.testing.assert_array_equal, state, other_state)
+
+
+def test_a_run_leaves_table_summary_and_pictures(reference):
+  workdir, output = reference
+  summary = json.loads((workdir / "summary.json").read_text())
+  for key in SUMMARY:
+    assert np.isfinite(summary[key])
+    assert key in output
+  for name in ("reconstructions", "spectrum", "curves"):
+    assert (workdir / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+  assert list((workdir / "tensorboard").iterdir())
+  assert "loss.uniformity_weight" in output  # The effective configuration.
+  assert "encoder/block0" in output  # The parameter table.
+  config = json.loads((workdir / "config.json").read_text())
+  assert config["model.depth"] == 1
+  assert [record["step"] for record in read_log(workdir, "train")] == list(
+    range(1, 22)
+  )
+
+
+def test_golden_first_step(reference):
+  """Seed 0: parameters, data order, masks and losses stay what they were."""
+  first = read_log(reference[0], "train")[0]
+  assert first["step"] == 1
+  assert first["learning_rate"] == 0
+  np.testing.assert_allclose(first["reconstruction_loss"], 0, rtol=1e-4)
+  np.testing.assert_allclose(first["uniformity_loss"], 0, rtol=1e-4)
+  np.testing.assert_allclose(first["gradient_norm"], 0, rtol=1e-3)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(reference, finish):
+  workdir, _ = reference
+  before = (workdir / "metrics.jsonl").read_bytes(), read_state(workdir)[0]
+  code, output, errors = finish(*SMALL, f"--workdir={workdir}")
+  assert code == 0, errors
+  assert "is finished" in output
+  assert "linear_accuracy" in output
+  after = (workdir / "metrics.jsonl").read_bytes(), read_state(workdir)[0]
+  assert before == after
+
+
+def assert_losses_agree(log, expected, tolerance):
+  assert [x["step"] for x in log] == [x["step"] for x in expected]
+  for key in ("loss", "reconstruction_loss", "uniformity_loss"):
+    np.testing.assert_allclose(
+      [x[key] for x in log], [x[key] for x in expected], rtol=tolerance
+    )
+
+
+def test_eight_devices_have_the_losses_of_one(reference, finish, tmp_path):
+  """Same masks and losses over 20 steps, within 1e-5."""
+  code, output, errors = finish(*SMALL, f"--workdir={tmp_path}", devices=8)
+  assert code == 0, errors
+  assert "8 x cpu" in output
+  log, expected = (read_log(x, "train") for x in (tmp_path, reference[0]))
+  assert_losses_agree(log, expected, 1e-5)
+
+
+def test_two_processes_have_the_losses_of_one(reference, start, tmp_path):
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = probe.getsockname()[1]
+  processes = [
+    start(
+      *SMALL,
+      f"--workdir={tmp_path}",
+      "--multihost",
+      devices=2,
+      JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
+      JAX_NUM_PROCESSES="2",
+      JAX_PROCESS_ID=str(index),
+    )
+    for index in range(2)
+  ]
+  outputs = [process.communicate(timeout=300) for process in processes]
+  assert [p.returncode for p in processes] == [0, 0], outputs
+  assert "4 x cpu" in outputs[0][0]
+  log, expected = (read_log(x, "train") for x in (tmp_path, reference[0]))
+  assert_losses_agree(log, expected, 1e-5)
+  ours, theirs = (read_log(x, "eval")[-1] for x in (tmp_path, reference[0]))
+  for key, value in theirs.items():
+    if key != "split":
+      np.testing.assert_allclose(ours[key], value, rtol=1e-3, err_msg=key)
+
+
+LONGER = [
+  *SMALL,
+  "--config.num_epochs=6",
+  "--config.evaluation.every_epochs=2",
+  "--config.checkpoint.every_steps=7",
+]
+
+
+def wait_for_step(process, workdir, step):
+  """Until the log has that step, or the process has ended."""
+  while process.poll() is None:
+    log = workdir / "metrics.jsonl"
+    text = log.read_text() if log.exists() else ""
+    complete = [x for x in text.splitlines(True) if x.endswith("\n")]
+    if complete and json.loads(complete[-1])["step"] >= step:
+      return
+    time.sleep(0.002)
+
+
+@pytest.fixture(scope="session")
+def longer_reference(finish, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("longer") / "run"
+  code, _, errors = finish(*LONGER, f"--workdir={workdir}")
+  assert code == 0, errors
+  return workdir
+
+
+def test_killed_and_resumed_is_bit_for_bit_uninterrupted(
+  longer_reference, start, finish, tmp_path
+):
+  """SIGKILL at random steps, the third time while a checkpoint is written."""
+  rng = random.Random(time.time())
+  kills = sorted(rng.sample(range(3, 120), 3))
+  for step in kills:
+    process = start(*LONGER, f"--workdir={tmp_path}")
+    wait_for_step(process, tmp_path, step)
+    time.sleep(rng.uniform(0, 0.05))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, (kills, step)
+  code, output, errors = finish(*LONGER, f"--workdir={tmp_path}")
+  assert code == 0, (kills, errors)
+  assert "resuming after step" in output, kills
+  assert_same_run(tmp_path, longer_reference)
+
+
+def test_sigterm_saves_and_exits_with_75(
+  longer_reference, start, finish, tmp_path
+):
+  process = start(*LONGER, f"--workdir={tmp_path}")
+  wait_for_step(process, tmp_path, 10)
+  process.terminate()
+  _, errors = process.communicate(timeout=120)
+  assert process.returncode == 75, errors
+  saved, _ = read_state(tmp_path)
+  last = read_log(tmp_path)[-1]["step"]
+  assert saved >= 10
+  assert saved >= last
+  code, output, errors = finish(*LONGER, f"--workdir={tmp_path}")
+  assert code == 0, errors
+  assert f"resuming after step {saved}." in output
+  assert_same_run(tmp_path, longer_reference)
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    ([], "--config is missing"),
+    (["--config=configs/digits.py"], "--workdir is missing"),
+    (["--config=configs/none.py"], "--config names no readable file"),
+    (["--config=configs/digits.py:x"], "variant='x' is not one of"),
+    ([*SMALL, "--config.loss.unif=1"], "config.loss.unif is not a key; did"),
+    ([*SMALL, "--config.batch_size=x"], "--config.batch_size=x: invalid"),
+    ([*SMALL, "--config.batch_size=9"], "batch_size=9 .* multiple of 2"),
+    ([*SMALL, "--steps=3"], "Unknown command line flag 'steps'"),
+    ([*SMALL, "more"], r"unexpected arguments \['more'\]"),
+    ([*SMALL, "--config.data.name=cifar"], "config.data.name='cifar'"),
+  ],
+)
+def test_wrong_usage_is_told_in_one_line(finish, tmp_path, flags, message):
+  if flags[-1:] != ["--config=configs/digits.py"]:
+    flags = [*flags, f"--workdir={tmp_path / 'run'}"]
+  code, output, errors = finish(*flags, devices=2)
+  assert code == 2, errors
+  lines = [x for x in errors.splitlines() if x.startswith("umae_jax: ")]
+  assert len(lines) == 1, errors
+  assert re.search(message, lines[0]), lines[0]
+  assert "Traceback" not in errors
+  assert output == ""
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_platform_that_is_absent_is_named(finish, tmp_path):
+  code, _, errors = finish(
+    *SMALL, f"--workdir={tmp_path / 'run'}", JAX_PLATFORMS="tpu"
+  )
+  assert code == 2
+  assert "JAX_PLATFORMS='tpu'" in errors
+  assert "umae_jax[tpu]" in errors
+  assert not (tmp_path / "run").exists()
+
+
+def test_help_is_useful(finish):
+  code, output, _ = finish("--help")
+  assert code in (0, 1)
+  for word in ("--config", "--workdir", "resumes", "75"):
+    assert word in output

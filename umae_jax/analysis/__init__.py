@@ -1,0 +1,1 @@
+"""What was learnt: spectra of features, pictures, and the theory's graph."""

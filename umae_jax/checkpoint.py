@@ -1,0 +1,298 @@
+"""Saving and restoring the training state. The only module with Orbax.
+
+On disk, `<directory>/<step>/` is one checkpoint as Orbax writes it. Its
+metadata carry a manifest: dtype, shape and checksum of every leaf of the
+state. Orbax notices most damage; the checksums notice the rest (a flipped bit,
+a lost chunk, which it reads as zeros).
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import re
+import shutil
+from typing import Any
+import zlib
+
+from absl import logging
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from umae_jax import UserError
+
+_MANIFEST = "umae_jax"  # Key in the custom metadata of a checkpoint.
+_UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax strips this when done.
+
+
+@contextlib.contextmanager
+def open_checkpoints(
+  directory: str | os.PathLike,
+  keep_last: int = 3,
+  keep_every: int | None = None,
+) -> Iterator["Checkpoints"]:
+  """Opens a folder of checkpoints; leaving the context waits for the saves.
+
+  All processes of a run call this and every method together, on a file system
+  that they share.
+
+  Args:
+    directory: made if absent. What a killed save left in it is removed.
+    keep_last: so many of the newest checkpoints are kept, at least 1. Older
+      ones are deleted once a newer one is complete.
+    keep_every: multiples of this step are kept besides, for good; None: none.
+
+  Yields:
+    The `Checkpoints`.
+
+  Raises:
+    UserError: for an impossible argument.
+  """
+  for name, value in (("keep_last", keep_last), ("keep_every", keep_every)):
+    if value is not None and value < 1:
+      raise UserError(f"{name}={value} checkpoints; it must be at least 1.")
+  if "://" in str(directory):
+    raise UserError(
+      f"Checkpoints cannot be written to {directory}; mount the bucket (for "
+      "instance with gcsfuse) and give its folder."
+    )
+  directory = pathlib.Path(directory).absolute()
+  directory.mkdir(parents=True, exist_ok=True)
+  if jax.process_index() == 0:
+    for path in directory.glob("*" + _UNFINISHED):
+      shutil.rmtree(path)
+  checkpoints = Checkpoints(directory, keep_last, keep_every)
+  try:
+    yield checkpoints
+  finally:
+    checkpoints.wait()
+
+
+class Checkpoints:
+  """The checkpoints of one run; made by `open_checkpoints`."""
+
+  def __init__(self, directory, keep_last, keep_every):
+    self._directory: pathlib.Path = directory
+    self._keep_last: int = keep_last
+    self._keep_every: int | None = keep_every
+    self._pending: ocp.AsyncResponse | None = None
+
+  @property
+  def steps(self) -> tuple[int, ...]:
+    """The steps that have a checkpoint on disk, good or not, ascending."""
+    folders = (path.name for path in self._directory.iterdir() if path.is_dir())
+    numbers = (int(x) for x in folders if re.fullmatch("0|[1-9][0-9]*", x))
+    return tuple(sorted(numbers))
+
+  def wait(self) -> None:
+    """Waits for the save in the background, then deletes what is too old.
+
+    Raises:
+      Exception: whatever ended that save; for instance OSError, disk full.
+    """
+    pending, self._pending = self._pending, None
+    if pending is None:
+      return
+    pending.result()
+    if jax.process_index() == 0:
+      for step in self.steps[: -self._keep_last]:
+        if self._keep_every is None or step % self._keep_every:
+          shutil.rmtree(self._path(step))
+
+  def save(self, step: int, state: Any, wait: bool = False) -> None:
+    """Saves `state`, atomically; the writing goes on in the background.
+
+    Args:
+      step: its name, not negative.
+      state: PyTree of `jax.Array`s. On return, they may be donated.
+      wait: return only when the checkpoint is complete on disk. Otherwise what
+        `wait` raises is raised by the next save, or on leaving the context.
+
+    Raises:
+      FileExistsError: the step is saved already.
+    """
+    self.wait()
+    if self._path(step).exists():
+      raise FileExistsError(f"There is already a {self._path(step)}.")
+    leaves = _fingerprint(state)
+    manifest = {"leaves": leaves, "crc32": _crc32(leaves)}
+    self._pending = ocp.save_async(
+      self._path(step), state, custom_metadata={_MANIFEST: manifest}
+    )
+    if wait:
+      self.wait()
+
+  def restore_newest(self, template: Any) -> tuple[int, Any] | None:
+    """Restores the newest good checkpoint.
+
+    Damaged ones above it are reported and renamed `<step>.corrupt`, so that
+    the run can save those steps anew and nothing is lost.
+
+    Args:
+      template: PyTree of `jax.Array`s or `jax.ShapeDtypeStruct`s with
+        `sharding`: the state's structure, and where its leaves shall live. Any
+        mesh will do, not only the one that was saved from.
+
+    Returns:
+      (step, state), or None if there is no checkpoint.
+
+    Raises:
+      UserError: the newest readable checkpoint is of another state than
+        `template`, or none is good; nothing is renamed then.
+    """
+    self.wait()
+    # So that all processes see the same steps.
+    multihost_utils.sync_global_devices("waited")
+    damaged = {}
+    for step in reversed(self.steps):
+      state, wrong = self._read(step, template)
+      if not wrong:
+        self._move_aside(damaged)
+        return step, state
+      damaged[step] = wrong
+    if not damaged:
+      return None
+    raise UserError(
+      f"None of the checkpoints in {self._directory} is readable (by step: "
+      f"{damaged}). Restore the folder from a copy, or start afresh with "
+      "another --workdir. Nothing has been changed."
+    )
+
+  def _path(self, step: int) -> pathlib.Path:
+    return self._directory / str(step)
+
+  def _read(self, step: int, template: Any) -> tuple[Any, str]:
+    """Returns (state, ""), or (None, what is wrong); every process the same."""
+    leaves, wrong = _attempt(lambda: self._read_manifest(step))
+    if wrong:
+      return None, wrong
+    self._refuse_foreign(step, _describe(template), leaves)
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      template,
+    )
+    state, wrong = _attempt(lambda: ocp.load(self._path(step), abstract))
+    if wrong:
+      return None, wrong
+    found = _fingerprint(state)
+    bad = [key for key in leaves if leaves[key] != found[key]]
+    if bad:
+      return None, f"wrong checksums: {', '.join(bad[:5])}"
+    return state, ""
+
+  def _read_manifest(self, step: int) -> dict[str, list]:
+    """Returns {key of leaf: [shape, dtype, checksum]} in order of the state."""
+    metadata = ocp.metadata(self._path(step))
+    if metadata.metadata is None:  # Orbax has logged the reason.
+      raise ValueError("its tree of arrays is unreadable")
+    manifest = metadata.custom_metadata.get(_MANIFEST)
+    if not manifest or manifest["crc32"] != _crc32(manifest["leaves"]):
+      raise ValueError("no checksums, or damaged ones, in its metadata")
+    return manifest["leaves"]
+
+  def _refuse_foreign(self, step: int, ours: dict, leaves: dict) -> None:
+    """Raises UserError if the checkpoint is of another state than ours."""
+    theirs = {key: leaf[:2] for key, leaf in leaves.items()}
+    differing = [
+      f"{key}: {_show(ours.get(key))} here, {_show(theirs.get(key))} there"
+      for key in ours | theirs
+      if ours.get(key) != theirs.get(key)
+    ]
+    if differing:
+      raise UserError(
+        f"The checkpoint {self._path(step)} is of another model or optimizer "
+        f"than this config's; {len(differing)} leaves differ: "
+        f"{'; '.join(differing[:5])}. Use another --workdir, or the config it "
+        "was made with."
+      )
+
+  def _move_aside(self, damaged: dict[int, str]) -> None:
+    """Renames `<step>` to `<step>.corrupt`, which `steps` does not list."""
+    for step, wrong in damaged.items() if jax.process_index() == 0 else ():
+      target = self._directory / f"{step}.corrupt"
+      while target.exists():
+        target = target.with_name(target.name + "_")
+      self._path(step).rename(target)
+      logging.warning(
+        "Damaged checkpoint %s (%s); it is now %s, and an older one is used.",
+        *(self._path(step), wrong, target.name),
+      )
+    multihost_utils.sync_global_devices("moved")
+
+
+@jax.jit
+def checksum(x: jax.Array) -> jax.Array:
+  """Checksum of the bits of an array, wherever its shards live.
+
+  The bits of each element, mixed with its position by a one-to-one function
+  of uint32, are summed modulo 2^32. So any change of one element changes the
+  sum; swaps and other changes escape with probability 2^-32.
+
+  Args:
+    x: any shape; bool, integer or real, of 8, 16, 32 or 64 bits.
+
+  Returns:
+    () uint32, the same for every sharding and number of devices.
+
+  Source: the mixing is the finalizer of MurmurHash3 (Appleby 2011).
+  """
+  if x.dtype == jnp.bool_:
+    x = x.astype(jnp.uint8)
+  unsigned = jnp.dtype(f"uint{min(32, 8 * x.dtype.itemsize)}")
+  # Of a 64-bit number this makes two, on a new last axis.
+  bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+  position = jnp.uint32(0)
+  for axis, size in enumerate(bits.shape):  # Row-major, modulo 2^32.
+    index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    position = position * jnp.uint32(size) + index
+  # From 1, for zeros at position 0 must not count as nothing.
+  h = bits ^ ((position + jnp.uint32(1)) * jnp.uint32(0x9E3779B9))
+  h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+  h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+  return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
+
+
+def _describe(tree: Any) -> dict[str, list]:
+  """Returns {key of leaf: [shape, dtype]} as JSON has it, in tree order."""
+  key = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {key(path): [list(x.shape), str(x.dtype)] for path, x in leaves}
+
+
+def _fingerprint(state: Any) -> dict[str, list]:
+  """Returns {key of leaf: [shape, dtype, checksum]}, in tree order."""
+  checksums = jax.device_get([checksum(x) for x in jax.tree.leaves(state)])
+  return {
+    key: [*leaf, int(value)]
+    for (key, leaf), value in zip(_describe(state).items(), checksums)
+  }
+
+
+def _crc32(leaves: dict) -> int:
+  return zlib.crc32(json.dumps(leaves).encode())
+
+
+def _show(leaf: list | None) -> str:
+  """`float32[2, 3]`, or `absent`."""
+  return "absent" if leaf is None else f"{leaf[1]}{leaf[0]}"
+
+
+def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
+  """Returns (result, ""), or (None, why not) if it fails on any process."""
+  try:
+    result, wrong = read(), ""
+  except (MemoryError, jax.errors.JaxRuntimeError):
+    raise  # The machine's trouble, not the file's.
+  except Exception as error:  # Damage shows in many ways: ValueError, KeyError.
+    message = str(error).strip().partition("\n")[0]
+    result, wrong = None, f"{type(error).__name__}: {message[:300]}"
+  if jax.process_count() > 1:
+    failed = multihost_utils.process_allgather(np.array(bool(wrong)))
+    if failed.any() and not wrong:
+      result, wrong = None, "unreadable to another process"
+  return result, wrong

@@ -1,0 +1,1 @@
+"""Evaluations of frozen features: (features, labels) to numbers."""
