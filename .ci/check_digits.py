@@ -5,9 +5,13 @@ import pathlib
 import sys
 
 KEYS = (
-  "effective_rank participation_ratio knn_accuracy linear_accuracy "
-  "reconstruction_loss uniformity_loss"
-).split()
+  "effective_rank",
+  "participation_ratio",
+  "knn_accuracy",
+  "linear_accuracy",
+  "reconstruction_loss",
+  "uniformity_loss",
+)
 
 
 def main(directory: str) -> None:

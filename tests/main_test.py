@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 
 import jax
 import numpy as np
@@ -92,9 +93,10 @@ def read_state(workdir):
   """The arrays of the newest checkpoint."""
   steps = [p.name for p in (workdir / "checkpoints").iterdir()]
   newest = max(int(name) for name in steps if name.isdecimal())
-  return newest, jax.tree.map(
-    np.asarray, ocp.load(workdir / "checkpoints" / str(newest))
-  )
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Orbax prefers a template.
+    state = ocp.load(workdir / "checkpoints" / str(newest))
+  return newest, jax.tree.map(np.asarray, state)
 
 
 def assert_same_run(workdir, other):

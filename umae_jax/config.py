@@ -27,31 +27,8 @@ def defaults() -> ml_collections.ConfigDict:
   c.batch_size = 1024  # Global, images per step.
   c.micro_batches = 1  # Gradient accumulation; the result does not change.
   c.num_epochs = 200.0
-
-  c.data = ml_collections.ConfigDict()
-  c.data.name = "imagenet2012"  # "digits", "folder", "made", or TFDS's name.
-  c.data.directory = ""  # TFDS's data_dir, or the root of the class folders.
-  c.data.train_split = "train"  # TFDS's syntax, or a sub-folder.
-  c.data.eval_split = "validation"
-  c.data.eval_fraction = 0.1  # Of a folder without train/ and val/.
-  c.data.classes = ""  # All; "imagenet100"; or a text file, a name per line.
-  c.data.image_size = (224, 224)  # Height, width: pixels.
-  c.data.channels = 3
-  c.data.mean = (0.485, 0.456, 0.406)  # Per channel, of values in [0, 1].
-  c.data.std = (0.229, 0.224, 0.225)
-  c.data.crop_scale = (0.2, 1.0)  # Area of the random crop; () = no crop.
-  c.data.flip = True  # Left-right, half of the time.
-  c.data.shuffle_buffer = 16_384  # Encoded examples in memory; TFDS only.
-  c.data.max_unreadable = 0.001  # Fraction of the set; more stops the run.
-
-  c.model = ml_collections.ConfigDict()
-  c.model.patch_size = 16
-  c.model.update(MODELS["vit_b"])
-  c.model.mlp_ratio = 4.0
-  c.model.decoder_width = 512
-  c.model.decoder_depth = 8
-  c.model.decoder_num_heads = 16
-  c.model.dtype = "auto"  # bfloat16 on TPU and GPU, float32 on CPU.
+  c.data = _data()
+  c.model = _model()
 
   c.loss = ml_collections.ConfigDict()
   c.loss.mask_ratio = 0.75  # Fraction of the patches removed.
@@ -84,6 +61,39 @@ def defaults() -> ml_collections.ConfigDict:
   c.log = ml_collections.ConfigDict()
   c.log.every_steps = 50  # Steps between lines; the only time we wait.
   c.log.images = 8  # Shown in reconstructions.png.
+  return c
+
+
+def _data() -> ml_collections.ConfigDict:
+  """`config.data`: which images, and how they are cropped and scaled."""
+  c = ml_collections.ConfigDict()
+  c.name = "imagenet2012"  # "digits", "folder", "made", or TFDS's name.
+  c.directory = ""  # TFDS's data_dir, or the root of the class folders.
+  c.train_split = "train"  # TFDS's syntax, or a sub-folder.
+  c.eval_split = "validation"
+  c.eval_fraction = 0.1  # Of a folder without train/ and val/.
+  c.classes = ""  # All; "imagenet100"; or a text file, a name per line.
+  c.image_size = (224, 224)  # Height, width: pixels.
+  c.channels = 3
+  c.mean = (0.485, 0.456, 0.406)  # Per channel, of values in [0, 1].
+  c.std = (0.229, 0.224, 0.225)
+  c.crop_scale = (0.2, 1.0)  # Area of the random crop; () = no crop.
+  c.flip = True  # Left-right, half of the time.
+  c.shuffle_buffer = 16_384  # Encoded examples in memory; TFDS only.
+  c.max_unreadable = 0.001  # Fraction of the set; more stops the run.
+  return c
+
+
+def _model() -> ml_collections.ConfigDict:
+  """`config.model`: the fields of `models.MaskedAutoencoder`."""
+  c = ml_collections.ConfigDict()
+  c.patch_size = 16
+  c.update(MODELS["vit_b"])
+  c.mlp_ratio = 4.0
+  c.decoder_width = 512
+  c.decoder_depth = 8
+  c.decoder_num_heads = 16
+  c.dtype = "auto"  # bfloat16 on TPU and GPU, float32 on CPU.
   return c
 
 

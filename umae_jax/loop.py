@@ -3,8 +3,6 @@
 import contextlib
 import functools
 import pathlib
-import signal
-import threading
 from typing import NamedTuple
 
 import jax
@@ -166,7 +164,7 @@ def run_steps(run, state, start, checkpoints, log) -> bool:
     active=jax.process_index() == 0,
   )
   with (
-    stop_on_sigterm() as stop,
+    sharding.stop_on_sigterm() as stop,
     contextlib.closing(progress),
     contextlib.closing(train_batches(run, start)) as batches,
   ):
@@ -183,7 +181,7 @@ def run_steps(run, state, start, checkpoints, log) -> bool:
       scalars = to_floats(run, step, scalars, len(batches.unreadable))
       if log_now:
         log.write(step, "train", scalars | progress.update(step, scalars))
-      require_finite(step, scalars, checkpoints.steps)
+      require_finite(step, scalars, checkpoints)
       with progress.paused():
         if evaluate:
           evaluate_and_draw(run, state.params, step, log)
@@ -213,26 +211,6 @@ def train_batches(run, start):
   )
 
 
-@contextlib.contextmanager
-def stop_on_sigterm():
-  """An event that SIGTERM sets, instead of ending the process.
-
-  With several processes JAX's preemption service has the signal.
-  """
-  event = threading.Event()
-  if (
-    jax.process_count() > 1
-    or threading.current_thread() is not threading.main_thread()
-  ):
-    yield event
-    return
-  old = signal.signal(signal.SIGTERM, lambda *unused: event.set())
-  try:
-    yield event
-  finally:
-    signal.signal(signal.SIGTERM, old)
-
-
 def to_floats(run, step, scalars, unreadable):
   """Waits for the step, and adds what the host knows of it."""
   scalars = {k: float(v) for k, v in jax.device_get(scalars).items()}
@@ -242,12 +220,14 @@ def to_floats(run, step, scalars, unreadable):
   return scalars | {"unreadable_images": unreadable}
 
 
-def require_finite(step, scalars, saved_steps):
+def require_finite(step, scalars, checkpoints):
   """Stops a run that cannot go on, with what is known."""
   if scalars["skipped_in_a_row"] < MAX_SKIPS:
     return
+  checkpoints.wait()
   known = ", ".join(f"{k} {v:.4g}" for k, v in scalars.items())
-  saved = f"step {saved_steps[-1]}" if saved_steps else "none yet"
+  steps = checkpoints.steps
+  saved = f"step {steps[-1]}" if steps else "none yet"
   raise FloatingPointError(
     f"The gradient was not finite {MAX_SKIPS} times in a row, up to step "
     f"{step} ({known}). None of these updates was applied; newest checkpoint: "

@@ -1,5 +1,8 @@
 """Devices and where arrays live; the one module that knows the topology."""
 
+import contextlib
+import signal
+import threading
 from typing import Any
 
 import jax
@@ -81,3 +84,24 @@ def preempted(step: int, stop_requested: bool) -> bool:
   if jax.process_count() == 1:
     return stop_requested
   return multihost_utils.reached_preemption_sync_point(step)
+
+
+@contextlib.contextmanager
+def stop_on_sigterm():
+  """An event that SIGTERM sets, instead of ending the process.
+
+  With several processes JAX's preemption service has the signal instead; and
+  only a main thread may have it.
+  """
+  event = threading.Event()
+  if (
+    jax.process_count() > 1
+    or threading.current_thread() is not threading.main_thread()
+  ):
+    yield event
+    return
+  old = signal.signal(signal.SIGTERM, lambda *unused: event.set())
+  try:
+    yield event
+  finally:
+    signal.signal(signal.SIGTERM, old)

@@ -132,7 +132,7 @@ def make_objective(
 
 def make_evaluation(model, config, mesh, train_source, eval_source):
   """Returns params -> Evaluation, on the splits of the two sources."""
-  data, evaluation = config.data, config.evaluation
+  data, limits = config.data, config.evaluation
   batches = functools.partial(
     pipeline.eval_batches,
     batch_size=config.batch_size,
@@ -141,62 +141,71 @@ def make_evaluation(model, config, mesh, train_source, eval_source):
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  replicated = sharding.replicated(mesh)
   to_global = functools.partial(sharding.to_global, mesh=mesh)
-  encode = jax.jit(
+  jit = functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+  encode = jit(
     lambda params, images: model.apply(
       {"params": params},
       normalize(images, data.mean, data.std),
       method=model.encode,
-    )[:, 0],
-    out_shardings=replicated,
+    )[:, 0]
   )
-  held_out = make_held_out_losses(model, config, replicated)
-  reconstruct = jax.jit(
-    functools.partial(reconstructions, model, config), out_shardings=replicated
-  )
+  held_out_losses = make_held_out_losses(model, config, jit)
+  reconstruct = jit(functools.partial(reconstructions, model, config))
+
+  def extract(params, source, limit):
+    encoder = functools.partial(encode, params)
+    return features.extract(encoder, batches(source, limit=limit), to_global)
 
   def evaluate(params):
-    def extract(source, limit):
-      encoder = functools.partial(encode, params)
-      return features.extract(encoder, batches(source, limit=limit), to_global)
-
-    train = extract(train_source, evaluation.train_images)
-    test = extract(eval_source, evaluation.test_images)
-    classes = len(eval_source.class_names)
+    train = extract(params, train_source, limits.train_images)
+    test = extract(params, eval_source, limits.test_images)
     singular_values = spectrum.singular_values(test[0])
-    scalars = held_out(
-      params,
-      map(to_global, batches(eval_source, limit=evaluation.test_images)),
-    ) | {
-      "effective_rank": spectrum.effective_rank(singular_values),
-      "participation_ratio": spectrum.participation_ratio(singular_values),
-      "linear_accuracy": linear.ridge_probe(*train, *test, num_classes=classes),
-      "knn_accuracy": knn.weighted_knn(
-        *train,
-        *test,
-        k=evaluation.knn_k,
-        temperature=evaluation.knn_temperature,
-        num_classes=classes,
+    images = map(to_global, batches(eval_source, limit=limits.test_images))
+    scalars = held_out_losses(params, images) | probes(
+      train, test, singular_values, len(eval_source.class_names), limits
+    )
+    first = to_global(next(iter(batches(eval_source, limit=config.log.images))))
+    triple = reconstruct(params, first["image"])
+    shown = [np.asarray(x)[: config.log.images] for x in triple]
+    drawings = {
+      "reconstructions": functools.partial(pictures.reconstructions, *shown),
+      "spectrum": functools.partial(
+        pictures.spectrum, {"class token": singular_values}
       ),
     }
-    first = to_global(next(iter(batches(eval_source, limit=config.log.images))))
-    triples = reconstruct(params, first["image"])
-    shown = [np.asarray(x)[: config.log.images] for x in triples]
-    return Evaluation(
-      {name: float(value) for name, value in scalars.items()},
-      {
-        "reconstructions": functools.partial(pictures.reconstructions, *shown),
-        "spectrum": functools.partial(
-          pictures.spectrum, {"class token": singular_values}
-        ),
-      },
-    )
+    return Evaluation({k: float(x) for k, x in scalars.items()}, drawings)
 
   return evaluate
 
 
-def make_held_out_losses(model, config, replicated):
+def probes(train, test, singular_values, num_classes, limits):
+  """What the features of whole images are good for, and how many they are.
+
+  Args:
+    train: (features (N, D), labels (N,)) to learn from.
+    test: likewise, to be tested on.
+    singular_values: of the test features.
+    num_classes: number of labels.
+    limits: `config.evaluation`.
+  """
+  return {
+    "effective_rank": spectrum.effective_rank(singular_values),
+    "participation_ratio": spectrum.participation_ratio(singular_values),
+    "linear_accuracy": linear.ridge_probe(
+      *train, *test, num_classes=num_classes
+    ),
+    "knn_accuracy": knn.weighted_knn(
+      *train,
+      *test,
+      k=limits.knn_k,
+      temperature=limits.knn_temperature,
+      num_classes=num_classes,
+    ),
+  }
+
+
+def make_held_out_losses(model, config, jit):
   """Returns (params, batches) -> both losses over a whole split.
 
   The masks are always the same ones. The uniformity loss is over all pairs of
@@ -206,7 +215,7 @@ def make_held_out_losses(model, config, replicated):
     patch_size=model.patch_size, normalize_pixels=config.loss.normalize_pixels
   )
 
-  @functools.partial(jax.jit, out_shardings=replicated)
+  @jit
   def sums(params, batch, number):
     images = normalize(batch["image"], config.data.mean, config.data.std)
     noise = evaluation_noise(model, images, config.seed, number)

@@ -1,0 +1,235 @@
+"""The loop itself, with a task of one weight."""
+
+import contextlib
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from umae_jax import (
+  UserError,
+  checkpoint,
+  config,
+  loop,
+  metrics,
+  sharding,
+  tasks,
+  train_step,
+)
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+
+def load(name, variant):
+  file = REPOSITORY / "configs" / f"{name}.py"
+  spec = importlib.util.spec_from_file_location(name, file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(variant)
+
+
+class Batches:
+  """Endless batches of ones, or what `values` says; tells what was asked."""
+
+  def __init__(self, values=None, on_batch=lambda number: None):
+    self.unreadable = []
+    self.number = 0
+    self._values, self._on_batch = values, on_batch
+
+  def __next__(self):
+    self.number += 1
+    self._on_batch(self.number)
+    value = 1.0 if self._values is None else self._values[self.number - 1]
+    return np.full((8, 1), value, np.float32)
+
+  def close(self):
+    pass
+
+
+def tiny_run(tmp_path, monkeypatch, batches, *, loss=None, steps=40):
+  """A Run of the task "mean of batch * w"."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  loss = loss or (lambda params, batch, _: ((batch * params["w"]).mean(), {}))
+  objective = train_step.Objective(lambda key, batch: batch, None, loss)
+  task = tasks.Task(
+    lambda key: {"w": jnp.ones(())},
+    objective,
+    optax.sgd(0.1),
+    lambda step: 0.1,
+    lambda params: tasks.Evaluation({"w": float(params["w"])}, {}),
+  )
+  c = config.defaults()
+  c.batch_size = 8
+  c.log.every_steps = 10
+  plan = config.Plan(steps, steps, 0, steps + 1, 0.1)
+  monkeypatch.setattr(loop, "train_batches", lambda run, start: batches)
+  return loop.Run(c, plan, mesh, tmp_path, None, task)
+
+
+def run_steps(run):
+  state = train_step.init_state(
+    run.task.init, run.task.optimizer, jax.random.key(0), run.mesh
+  )
+  with (
+    checkpoint.open_checkpoints(run.directory / "checkpoints") as checkpoints,
+    contextlib.closing(metrics.MetricsLog(run.directory)) as log,
+  ):
+    return loop.run_steps(run, state, 0, checkpoints, log)
+
+
+class Watched:
+  """A device scalar that tells when the host reads it."""
+
+  def __init__(self, value, reads, step):
+    self._value, self._reads, self._step = value, reads, step
+
+  def __array__(self, dtype=None, copy=None):
+    self._reads.append(self._step)
+    return np.asarray(self._value, dtype)
+
+  def __float__(self):
+    return float(np.asarray(self))
+
+  __int__ = __index__ = __float__
+
+
+def test_the_host_reads_from_the_device_at_logged_steps_only(
+  tmp_path, monkeypatch
+):
+  run = tiny_run(tmp_path, monkeypatch, Batches(), steps=35)
+  make_real, reads, steps = train_step.make_train_step, [], []
+
+  def make_watched(*arguments, **options):
+    real = make_real(*arguments, **options)
+
+    def step(state, batch):
+      steps.append(len(steps) + 1)
+      with jax.transfer_guard("disallow"):
+        state, scalars = real(state, batch)
+      watched = {k: Watched(x, reads, steps[-1]) for k, x in scalars.items()}
+      return state, watched
+
+    return step
+
+  monkeypatch.setattr(train_step, "make_train_step", make_watched)
+  assert run_steps(run)
+  assert steps == list(range(1, 36))
+  assert set(reads) == {10, 20, 30, 35}
+
+
+def test_steps_transfer_nothing_but_the_batch(tmp_path, monkeypatch):
+  """A transfer guard is on from the first batch to the last."""
+  run = tiny_run(tmp_path, monkeypatch, Batches(), steps=9)
+  guard = contextlib.ExitStack()
+
+  def on_batch(number):
+    if number == 2:  # The first step is compiled, and has constants.
+      guard.enter_context(jax.transfer_guard("disallow"))
+    if number == 9:  # Logging, evaluation and saving come after it.
+      guard.close()
+
+  batches = Batches(on_batch=on_batch)
+  monkeypatch.setattr(loop, "train_batches", lambda run, start: batches)
+  with guard:
+    assert run_steps(run)
+  assert batches.number == 9
+
+
+def test_five_bad_gradients_in_a_row_stop_the_run(tmp_path, monkeypatch):
+  values = [1.0] * 12 + [np.nan] * 28
+  run = tiny_run(tmp_path, monkeypatch, Batches(values))
+  run.config.checkpoint.every_steps = 7
+  with pytest.raises(FloatingPointError) as caught:
+    run_steps(run)
+  message = str(caught.value)
+  assert "not finite 5 times in a row, up to step 20" in message
+  assert "newest checkpoint: step 14" in message
+  assert "lower config.optimizer.base_lr" in message
+  last = metrics.read_log(tmp_path / "metrics.jsonl")[-1]
+  assert last["step"] == 20
+  assert last["skipped"] == 8  # What the run knew is in the log.
+  with checkpoint.open_checkpoints(tmp_path / "checkpoints") as checkpoints:
+    assert checkpoints.steps == (7, 14)
+
+
+def test_four_bad_gradients_in_a_row_do_not(tmp_path, monkeypatch):
+  values = ([1.0] * 4 + [np.inf] * 4) * 5
+  run = tiny_run(tmp_path, monkeypatch, Batches(values))
+  assert run_steps(run)
+  last = metrics.read_log(tmp_path / "metrics.jsonl")[-2]
+  assert (last["step"], last["split"]) == (40, "train")
+  assert last["skipped"] == 20
+
+
+def test_unreadable_images_are_in_the_log(tmp_path, monkeypatch):
+  batches = Batches()
+  batches.unreadable = ["a.JPEG", "b.JPEG"]
+  assert run_steps(tiny_run(tmp_path, monkeypatch, batches))
+  log = metrics.read_log(tmp_path / "metrics.jsonl")
+  assert log[0]["unreadable_images"] == 2
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenet100", "imagenet1k"])
+def test_every_smoke_variant_runs(name, tmp_path, capsys):
+  run = loop.prepare(load(name, "smoke"), str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+  assert loop.train(run)
+  assert "is finished" in capsys.readouterr().out
+  for file in ("summary.json", "reconstructions.png", "curves.png"):
+    assert (tmp_path / "run" / file).exists()
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"data.name": "no_such_set"}, "config.data.name='no_such_set'"),
+    ({"data.name": "folder"}, "config.data.directory"),
+    (
+      {"data.name": "folder", "data.directory": "/no/such/folder"},
+      "config.data.directory='/no/such/folder'",
+    ),
+    ({"data.eval_split": "val"}, "'val' is not a split"),
+    ({"batch_size": 2048}, "batch_size=2048 is more than the 1400"),
+    ({"model.patch_size": 3}, "multiple of config.model.patch_size=3"),
+    ({"loss.mask_ratio": 1.0}, "mask_ratio=1.0 leaves 0 of 16"),
+  ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_written(
+  tmp_path, changes, message
+):
+  c = load("digits", "smoke")
+  c.update_from_flattened_dict(changes)
+  with pytest.raises(UserError, match=message):
+    loop.prepare(c, str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+  for name in ("cat", "dog"):
+    (tmp_path / "data" / name).mkdir(parents=True)
+  c = load("digits", "smoke")
+  c.data.update(name="folder", directory=str(tmp_path / "data"))
+  with pytest.raises(UserError, match=r"config\.data\.directory"):
+    loop.prepare(c, str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+  c = load("digits", "smoke")
+  run = loop.prepare(c, str(tmp_path))
+  state = train_step.init_state(
+    lambda key: {"w": jnp.ones(3)},
+    optax.sgd(0.1),
+    jax.random.key(0),
+    run.mesh,
+  )
+  with checkpoint.open_checkpoints(tmp_path / "checkpoints") as checkpoints:
+    checkpoints.save(5, state)
+  loop.workdir.claim(tmp_path, config.flatten(c))
+  with pytest.raises(UserError, match="another model or optimizer"):
+    loop.train(run)
+  assert (tmp_path / "checkpoints" / "5").exists()
