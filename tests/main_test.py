@@ -131,9 +131,9 @@ def test_golden_first_step(reference):
   first = read_log(reference[0], "train")[0]
   assert first["step"] == 1
   assert first["learning_rate"] == 0
-  np.testing.assert_allclose(first["reconstruction_loss"], 0, rtol=1e-4)
-  np.testing.assert_allclose(first["uniformity_loss"], 0, rtol=1e-4)
-  np.testing.assert_allclose(first["gradient_norm"], 0, rtol=1e-3)
+  np.testing.assert_allclose(first["reconstruction_loss"], 4.001356, rtol=1e-4)
+  np.testing.assert_allclose(first["uniformity_loss"], 0.898086, rtol=1e-4)
+  np.testing.assert_allclose(first["gradient_norm"], 31.8251, rtol=1e-3)
 
 
 def test_a_finished_run_says_so_and_changes_nothing(reference, finish):

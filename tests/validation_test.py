@@ -41,7 +41,7 @@ DIGITS = REPOSITORY / "configs" / "digits.py"
     ("loss.mask_ratio", 0.95, "mask_ratio=0.95 leaves 0 of 16"),
     ("loss.uniformity_weight", float("nan"), "uniformity_weight=nan"),
     ("optimizer.b2", 1.0, r"b2=1.0 must lie in \[0, 1\)"),
-    ("optimizer.warmup_epochs", 300.0, "warmup_epochs=300.0 is longer"),
+    ("optimizer.warmup_epochs", 301.0, "warmup_epochs=301.0 is longer"),
     ("optimizer.base_lr", -1.0, "base_lr=-1.0 must be greater than 0"),
   ],
 )

@@ -280,7 +280,13 @@ def parameter_table(params) -> str:
 def conclude(run):
   """Writes summary.json and prints the closing table, from the log."""
   records = metrics.read_log(run.directory / workdir.METRICS)
-  last = [record for record in records if record["split"] == "eval"][-1]
+  evaluations = [record for record in records if record["split"] == "eval"]
+  if not evaluations:
+    raise UserError(
+      f"The run in {run.directory} is finished, but {workdir.METRICS} holds no "
+      "evaluation any more; restore that file to get the closing table."
+    )
+  last = evaluations[-1]
   summary = {key: x for key, x in last.items() if key != "split"}
   workdir.write_json(run.directory / workdir.SUMMARY, summary)
   rows = [
