@@ -37,6 +37,7 @@ BATCHES = np.random.default_rng(0).integers(
 BATCHES = BATCHES // np.arange(1, 17, dtype=np.uint8)[:, None, None, None]
 
 
+@jax.jit
 def init(key):
   images = jnp.zeros((1, 16, 16, 3))
   return MODEL.init(key, images, jnp.zeros((1, 16)))["params"]
@@ -62,7 +63,7 @@ def advance(state, mesh, micro_batches=1, batches=BATCHES, objective=OBJECTIVE):
   return jax.device_get(state), jax.device_get(metrics)
 
 
-@pytest.mark.parametrize("num_devices, fsdp", [(2, 1), (8, 1), (8, 2)])
+@pytest.mark.parametrize("num_devices, fsdp", [(2, 1), (8, 2)])
 def test_number_of_devices_does_not_change_the_run(num_devices, fsdp):
   one, metrics_one = run(1)
   many, metrics_many = run(num_devices, fsdp)
@@ -70,9 +71,7 @@ def test_number_of_devices_does_not_change_the_run(num_devices, fsdp):
   chex.assert_trees_all_close(one.params, many.params, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-  "num_devices, micro_batches", [(1, 2), (1, 16), (4, 4)]
-)
+@pytest.mark.parametrize("num_devices, micro_batches", [(1, 16), (4, 4)])
 def test_micro_batches_do_not_change_the_run(num_devices, micro_batches):
   """Exact for the whole objective: same masks, uniformity of all pairs."""
   whole, metrics_whole = run(1)
@@ -105,7 +104,6 @@ def test_matches_a_plain_optax_loop():
   params = init(jax.random.key(0))
   opt_state = SGD.init(params)
 
-  @jax.jit
   def loss(params, images, key):
     images = (images.astype(jnp.float32) / 255 - 0.5) / 0.5
     noise = jax.random.uniform(key, (16, 16))
@@ -114,10 +112,11 @@ def test_matches_a_plain_optax_loop():
       images, out.prediction, out.mask, patch_size=4, normalize_pixels=True
     ) + losses.uniformity_loss(out.tokens[:, 0])
 
+  grad = jax.jit(jax.grad(loss))
   for step, images in enumerate(BATCHES):
     key = jax.random.fold_in(jax.random.key(0), step)
-    grads = jax.jit(jax.grad(loss))(params, images, key)
-    updates, opt_state = SGD.update(grads, opt_state, params)
+    grads = grad(params, images, key)
+    updates, opt_state = jax.jit(SGD.update)(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
   state, _ = run(1)
   assert state.step == len(BATCHES)
@@ -152,17 +151,27 @@ def test_every_step_draws_new_masks_and_they_follow_from_the_seed():
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   frozen = optax.set_to_zero()
 
+  # The real draw of noise, and a loss that is a mean of it.
+  objective = OBJECTIVE._replace(
+    loss=lambda params, batch, _: (
+      (batch["noise"] * params["w"]).mean(),
+      {"noise": batch["noise"].mean()},
+    )
+  )
+
   def losses_of(seed):
-    state = train_step.init_state(init, frozen, jax.random.key(0), mesh)
+    state = train_step.init_state(
+      lambda key: {"w": jnp.ones(())}, frozen, jax.random.key(0), mesh
+    )
     layout = jax.tree.map(lambda x: x.sharding, state)
     step = train_step.make_train_step(
-      OBJECTIVE, frozen, mesh, layout, seed=seed
+      objective, frozen, mesh, layout, seed=seed
     )
     batch = sharding.to_global({"image": BATCHES[0]}, mesh)
     values = []
     for _ in range(3):
       state, scalars = step(state, batch)
-      values.append(float(scalars["reconstruction_loss"]))
+      values.append(float(scalars["noise"]))
     return values
 
   first = losses_of(0)
@@ -212,8 +221,15 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bad):
 
 def test_the_step_donates_the_state():
   mesh = sharding.make_mesh()
-  state = train_step.init_state(init, SGD, jax.random.key(0), mesh)
+  state = train_step.init_state(
+    lambda key: {"w": jnp.ones(())}, SGD, jax.random.key(0), mesh
+  )
   layout = jax.tree.map(lambda x: x.sharding, state)
-  step = train_step.make_train_step(OBJECTIVE, SGD, mesh, layout, seed=0)
-  step(state, sharding.to_global({"image": BATCHES[0]}, mesh))
-  assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
+  objective = train_step.Objective(
+    lambda key, batch: batch,
+    None,
+    lambda params, batch, _: ((batch * params["w"]).mean(), {}),
+  )
+  step = train_step.make_train_step(objective, SGD, mesh, layout, seed=0)
+  step(state, sharding.to_global(np.ones((8, 1), np.float32), mesh))
+  assert all(x.is_deleted() for x in jax.tree.leaves(state))

@@ -151,7 +151,11 @@ def make_evaluation(model, config, mesh, train_source, eval_source):
     )[:, 0]
   )
   held_out_losses = make_held_out_losses(model, config, jit)
-  reconstruct = jit(functools.partial(reconstructions, model, config))
+  reconstruct = jit(
+    lambda params, images: reconstructions(
+      model, config, params, images[: config.log.images]
+    )
+  )
 
   def extract(params, source, limit):
     encoder = functools.partial(encode, params)
@@ -166,8 +170,7 @@ def make_evaluation(model, config, mesh, train_source, eval_source):
       train, test, singular_values, len(eval_source.class_names), limits
     )
     first = to_global(next(iter(batches(eval_source, limit=config.log.images))))
-    triple = reconstruct(params, first["image"])
-    shown = [np.asarray(x)[: config.log.images] for x in triple]
+    shown = jax.device_get(reconstruct(params, first["image"]))
     drawings = {
       "reconstructions": functools.partial(pictures.reconstructions, *shown),
       "spectrum": functools.partial(
