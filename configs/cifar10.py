@@ -53,13 +53,13 @@ def get_config(variant: str = "vit_ti2") -> ml_collections.ConfigDict:
 
   if variant == "small":  # A quarter of an hour on two CPU cores.
     c.batch_size = 256
-    c.num_epochs = 8.0
+    c.num_epochs = 5.0
     c.model.patch_size = 4
-    c.model.update(width=128, depth=4, num_heads=4)
+    c.model.update(width=96, depth=4, num_heads=3)
     c.model.update(decoder_width=64, decoder_depth=1, decoder_num_heads=4)
     c.optimizer.base_lr = 1e-3
-    c.optimizer.warmup_epochs = 0.8
-    c.evaluation.every_epochs = 2.0
+    c.optimizer.warmup_epochs = 0.5
+    c.evaluation.every_epochs = 1.0
     c.evaluation.train_images = 10_000
     c.checkpoint.every_steps = 200
   if variant == "smoke":  # Checks the wiring only; made images.

@@ -204,23 +204,6 @@ def test_retention(tmp_path, options, kept):
     assert checkpoints.steps == kept
 
 
-@pytest.mark.parametrize("name", ["keep_last", "keep_every"])
-def test_keeping_none_is_refused(tmp_path, name):
-  with (
-    pytest.raises(UserError, match=f"{name}=0.*at least 1"),
-    checkpoint.open_checkpoints(tmp_path, **{name: 0}),
-  ):
-    pass
-
-
-def test_a_bucket_is_refused_with_the_remedy():
-  with (
-    pytest.raises(UserError, match="gs://bucket/run; mount the bucket"),
-    checkpoint.open_checkpoints("gs://bucket/run"),
-  ):
-    pass
-
-
 def test_a_failed_save_is_told_and_harms_nothing(folder, monkeypatch):
   class Failing:
     def result(self):

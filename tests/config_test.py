@@ -1,5 +1,6 @@
 import ast
 import importlib.util
+import inspect
 import pathlib
 
 import ml_collections
@@ -42,17 +43,29 @@ def test_every_config_says_what_it_is(file):
     load(file).get_config("other")
 
 
-def test_every_key_is_read_somewhere():
-  """As `....group.key` or config["key"] outside of the defaults' own file."""
-  read = set()
+def readers():
+  """The source of all that runs: the package, and of config.py the plan."""
   for path in (REPOSITORY / "umae_jax").rglob("*.py"):
-    for node in ast.walk(ast.parse(path.read_text())):
-      if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-        read.add(node.attr)
-  model_fields = read_by_name()
+    if path.stem not in ("config", "validation"):
+      yield path.read_text()
+  yield inspect.getsource(config_lib.plan)
+
+
+def test_every_key_is_read_somewhere():
+  """As `config.key`, `group.key` or `config.group.key`."""
+  read = set()
+  for source in readers():
+    for node in ast.walk(ast.parse(source)):
+      if isinstance(node, ast.Attribute):
+        owner = node.value
+        name = getattr(owner, "attr", getattr(owner, "id", None))
+        read.add((name, node.attr))
   for key in config_lib.flatten(config_lib.defaults()):
     group, _, name = key.rpartition(".")
-    assert name in (model_fields if group == "model" else read), key
+    if group == "model":
+      assert name in read_by_name(), key
+    else:
+      assert (group or "config", name) in read, key
 
 
 def read_by_name():

@@ -88,6 +88,16 @@ def test_names_of_another_model_are_listed(tmp_path):
     convert.load_torch(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize("gone", ["blocks.0.", "blocks.1.norm1.bias", "mask_t"])
+def test_missing_parameters_are_listed(tmp_path, gone):
+  tensors = safetensors_numpy.load_file(WEIGHTS)
+  kept = {k: x for k, x in tensors.items() if not k.startswith(gone)}
+  assert len(kept) < len(tensors)
+  safetensors_numpy.save_file(kept, tmp_path / "x.safetensors")
+  with pytest.raises(UserError, match=r"not a whole .* missing parameters"):
+    convert.load_torch(tmp_path / "x.safetensors")
+
+
 def test_without_pytorch_a_pth_is_refused_with_the_remedy(tmp_path):
   (tmp_path / "torch.py").write_text("raise ImportError('hidden')")
   program = (

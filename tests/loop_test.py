@@ -67,7 +67,7 @@ def tiny_run(tmp_path, monkeypatch, batches, *, loss=None, steps=40):
   c.log.every_steps = 10
   plan = config.Plan(steps, steps, 0, steps + 1, 0.1)
   monkeypatch.setattr(loop, "train_batches", lambda run, start: batches)
-  return loop.Run(c, plan, mesh, tmp_path, None, task)
+  return loop.Run(c, config.flatten(c), plan, mesh, tmp_path, None, task)
 
 
 def run_steps(run):

@@ -56,7 +56,7 @@ def test_free_keys_may_change(tmp_path):
 
 @pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
 def test_results_without_a_configuration_are_refused(tmp_path, name):
-  (tmp_path / name).mkdir()
+  (tmp_path / name / "1").mkdir(parents=True)
   with pytest.raises(UserError, match=f"holds {name} but no config.json"):
     workdir.check(tmp_path, CONFIG)
 
@@ -85,3 +85,25 @@ def test_a_directory_without_permission_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(workdir.os, "access", lambda path, mode: False)
   with pytest.raises(UserError, match="no permission"):
     workdir.check(tmp_path / "x", CONFIG)
+
+
+def test_a_directory_in_use_is_refused(tmp_path):
+  with (
+    workdir.lock(tmp_path),
+    pytest.raises(UserError, match="in use by another process"),
+    workdir.lock(tmp_path),
+  ):
+    pass
+  with workdir.lock(tmp_path):
+    pass
+
+
+def test_an_empty_checkpoint_folder_is_nobodys(tmp_path):
+  """A run killed before it wrote its configuration may start again."""
+  (tmp_path / "checkpoints").mkdir()
+  workdir.check(tmp_path, CONFIG)
+
+
+def test_a_bucket_is_refused():
+  with pytest.raises(UserError, match="gs://bucket/run is not a local path"):
+    workdir.local_path("gs://bucket/run")

@@ -33,7 +33,7 @@ _UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax strips this when done.
 @contextlib.contextmanager
 def open_checkpoints(
   directory: str | os.PathLike,
-  keep_last: int = 3,
+  keep_last: int = 2,
   keep_every: int | None = None,
 ) -> Iterator["Checkpoints"]:
   """Opens a folder of checkpoints; leaving the context waits for the saves.
@@ -43,24 +43,13 @@ def open_checkpoints(
 
   Args:
     directory: made if absent. What a killed save left in it is removed.
-    keep_last: so many of the newest checkpoints are kept, at least 1. Older
+    keep_last: so many of the newest checkpoints are kept, 1 or more. Older
       ones are deleted once a newer one is complete.
     keep_every: multiples of this step are kept besides, for good; None: none.
 
   Yields:
     The `Checkpoints`.
-
-  Raises:
-    UserError: for an impossible argument.
   """
-  for name, value in (("keep_last", keep_last), ("keep_every", keep_every)):
-    if value is not None and value < 1:
-      raise UserError(f"{name}={value} checkpoints; it must be at least 1.")
-  if "://" in str(directory):
-    raise UserError(
-      f"Checkpoints cannot be written to {directory}; mount the bucket (for "
-      "instance with gcsfuse) and give its folder."
-    )
   directory = pathlib.Path(directory).absolute()
   directory.mkdir(parents=True, exist_ok=True)
   if jax.process_index() == 0:
@@ -148,6 +137,7 @@ class Checkpoints:
     self.wait()
     # So that all processes see the same steps.
     multihost_utils.sync_global_devices("waited")
+    self._refuse_separate_folders()
     damaged = {}
     for step in reversed(self.steps):
       state, wrong = self._read(step, template)
@@ -184,6 +174,17 @@ class Checkpoints:
     if bad:
       return None, f"wrong checksums: {', '.join(bad[:5])}"
     return state, ""
+
+  def _refuse_separate_folders(self) -> None:
+    """Raises UserError unless all processes see the same checkpoints."""
+    if jax.process_count() == 1:
+      return
+    seen = np.array([len(self.steps), max(self.steps, default=-1)])
+    if np.ptp(multihost_utils.process_allgather(seen), axis=0).any():
+      raise UserError(
+        f"The processes see different checkpoints in {self._directory}; "
+        "--workdir must be on a file system that all of them share."
+      )
 
   def _read_manifest(self, step: int) -> dict[str, list]:
     """Returns {key of leaf: [shape, dtype, checksum]} in order of the state."""

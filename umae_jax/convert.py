@@ -11,34 +11,34 @@ from safetensors import numpy as safetensors_numpy
 
 from umae_jax import UserError
 
-# (pattern of a PyTorch name, path in our tree); \1 is a block's number. A
-# weight named "kernel" is transposed from PyTorch's (out, in) to (in, out).
-_BLOCK = [
-  (r"norm([12])\.weight", r"norm\2/scale"),
-  (r"norm([12])\.bias", r"norm\2/bias"),
-  (r"attn\.(qkv|proj)\.weight", r"attn/\2/kernel"),
-  (r"attn\.(qkv|proj)\.bias", r"attn/\2/bias"),
-  (r"mlp\.(fc[12])\.weight", r"\2/kernel"),
-  (r"mlp\.(fc[12])\.bias", r"\2/bias"),
-]
-_NAMES = [
-  (r"cls_token", "encoder/cls_token"),
-  (r"patch_embed\.proj\.weight", "encoder/patch_embed/kernel"),
-  (r"patch_embed\.proj\.bias", "encoder/patch_embed/bias"),
-  *((rf"blocks\.(\d+)\.{a}", rf"encoder/block\1/{b}") for a, b in _BLOCK),
-  (r"norm\.weight", "encoder/norm/scale"),
-  (r"norm\.bias", "encoder/norm/bias"),
-  (r"mask_token", "decoder/mask_token"),
-  (r"decoder_embed\.weight", "decoder/embed/kernel"),
-  (r"decoder_embed\.bias", "decoder/embed/bias"),
-  *(
-    (rf"decoder_blocks\.(\d+)\.{a}", rf"decoder/block\1/{b}") for a, b in _BLOCK
-  ),
-  (r"decoder_norm\.weight", "decoder/norm/scale"),
-  (r"decoder_norm\.bias", "decoder/norm/bias"),
-  (r"decoder_pred\.weight", "decoder/pred/kernel"),
-  (r"decoder_pred\.bias", "decoder/pred/bias"),
-]
+# PyTorch's names of layers, and ours; N stands for the number of a block. A
+# "kernel" is transposed from PyTorch's (out, in) to (in, out).
+_BLOCK = {
+  "norm1": "norm1",
+  "norm2": "norm2",
+  "attn.qkv": "attn/qkv",
+  "attn.proj": "attn/proj",
+  "mlp.fc1": "fc1",
+  "mlp.fc2": "fc2",
+}
+_LAYERS = {
+  "patch_embed.proj": "encoder/patch_embed",
+  "norm": "encoder/norm",
+  "decoder_embed": "decoder/embed",
+  "decoder_norm": "decoder/norm",
+  "decoder_pred": "decoder/pred",
+  **{f"blocks.N.{a}": f"encoder/blockN/{b}" for a, b in _BLOCK.items()},
+  **{f"decoder_blocks.N.{a}": f"decoder/blockN/{b}" for a, b in _BLOCK.items()},
+}
+_NAMES = {
+  "cls_token": "encoder/cls_token",
+  "mask_token": "decoder/mask_token",
+  **{f"{a}.bias": f"{b}/bias" for a, b in _LAYERS.items()},
+  **{
+    f"{a}.weight": f"{b}/{'scale' if 'norm' in b else 'kernel'}"
+    for a, b in _LAYERS.items()
+  },
+}
 # Fixed positions, which we compute, and the released code's online classifier.
 _IGNORED = re.compile(r"(decoder_)?pos_embed|fc(_norm)?\.(weight|bias)")
 
@@ -116,31 +116,47 @@ def _read_pth(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 def _rename(tensors: Mapping[str, np.ndarray], path: pathlib.Path) -> dict:
   """PyTorch's flat names and layouts to our nested tree."""
-  params, unknown = {}, []
+  flat, unknown = {}, []
   for name, value in tensors.items():
-    if _IGNORED.fullmatch(name):
-      continue
-    matches = ((re.fullmatch(a, name), b) for a, b in _NAMES)
-    target = next((m.expand(b) for m, b in matches if m), None)
-    if target is None:
+    number = re.search(r"blocks\.(\d+)\.", name)
+    target = _NAMES.get(re.sub(r"blocks\.\d+\.", "blocks.N.", name))
+    if target:
+      target = target.replace("N", number[1]) if number else target
+      flat[target] = _layout(np.asarray(value, np.float32), target)
+    elif not _IGNORED.fullmatch(name):
       unknown.append(name)
-      continue
-    *parents, leaf = target.split("/")
+  missing = _missing(flat)
+  if unknown or missing:
+    raise UserError(
+      f"{path} is not a whole pretraining checkpoint of MAE or U-MAE: "
+      f"{len(unknown)} unknown names {sorted(unknown)[:5]}, {len(missing)} "
+      f"missing parameters {missing[:5]}."
+    )
+  params = {}
+  for name, value in flat.items():
+    *parents, leaf = name.split("/")
     node = params
     for parent in parents:
       node = node.setdefault(parent, {})
-    node[leaf] = _layout(np.asarray(value, np.float32), leaf)
-  if unknown or set(params) != {"encoder", "decoder"}:
-    raise UserError(
-      f"{path} is not a pretraining checkpoint of MAE or U-MAE: "
-      f"{len(unknown)} unknown names {sorted(unknown)[:5]}, parts found "
-      f"{sorted(params)}; expected an encoder and a decoder."
-    )
+    node[leaf] = value
   return params
 
 
-def _layout(value: np.ndarray, leaf: str) -> np.ndarray:
+def _missing(flat: Mapping[str, np.ndarray]) -> list[str]:
+  """Names that an autoencoder with the blocks found has, and `flat` has not."""
+  expected = set()
+  for target in _NAMES.values():
+    pattern = target.split("N")[0] + r"(\d+)/"
+    numbers = [int(m[1]) for m in map(re.compile(pattern).match, flat) if m]
+    blocks = 1 + max(numbers, default=0) if "N" in target else 1
+    expected |= {target.replace("N", str(i)) for i in range(blocks)}
+  return sorted(expected - flat.keys())
+
+
+def _layout(value: np.ndarray, name: str) -> np.ndarray:
   """(out, in) to (in, out); a convolution's (D, C, p, p) to (P, D)."""
-  if leaf == "kernel" and value.ndim == 4:
+  if not name.endswith("kernel"):
+    return value
+  if value.ndim == 4:
     return value.transpose(2, 3, 1, 0).reshape(-1, len(value))
-  return value.T if leaf == "kernel" else value
+  return value.T

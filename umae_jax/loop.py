@@ -4,6 +4,7 @@ import contextlib
 import functools
 import pathlib
 from typing import NamedTuple
+import zlib
 
 import jax
 from jax.sharding import Mesh
@@ -31,6 +32,7 @@ class Run(NamedTuple):
   """A run that has been validated and may start."""
 
   config: ml_collections.ConfigDict
+  identity: dict[str, object]  # Flat configuration, and the data found.
   plan: config_lib.Plan
   mesh: Mesh
   directory: pathlib.Path
@@ -69,17 +71,25 @@ def prepare(
     )
     for split in (data.train_split, data.eval_split)
   )
+  for source in (train_source, eval_source):
+    source.check(config.batch_size, jax.process_count())
   plan = config_lib.plan(config, train_source.num_examples)
-  path = pathlib.Path(directory).expanduser()
+  identity = config_lib.flatten(config) | {
+    "found.train_images": train_source.num_examples,
+    "found.eval_images": eval_source.num_examples,
+    "found.classes": zlib.crc32("\n".join(train_source.class_names).encode()),
+  }
+  path = workdir.local_path(directory)
   workdir.check(
     path,
-    config_lib.flatten(config),
+    identity,
     free_keys=config_lib.FREE_KEYS,
     allow_change=allow_config_change,
   )
+  sharding.synchronize("prepared")  # Before the first one writes.
   mesh = sharding.make_mesh(config.mesh.fsdp)
   task = TASKS[config.task](config, plan, mesh, train_source, eval_source)
-  return Run(config, plan, mesh, path, train_source, task)
+  return Run(config, identity, plan, mesh, path, train_source, task)
 
 
 def train(run: Run) -> bool:
@@ -94,9 +104,9 @@ def train(run: Run) -> bool:
     UserError: checkpoints or images that cannot be read.
   """
   first = jax.process_index() == 0
-  if first:
-    workdir.claim(run.directory, config_lib.flatten(run.config))
   with contextlib.ExitStack() as stack:
+    if first:
+      stack.enter_context(workdir.lock(run.directory))
     checkpoints = stack.enter_context(
       checkpoint.open_checkpoints(
         run.directory / workdir.CHECKPOINTS,
@@ -106,6 +116,7 @@ def train(run: Run) -> bool:
     )
     state, start = restore_or_init(run, checkpoints)
     if first:
+      workdir.claim(run.directory, run.identity)
       describe(run, state, start)
     log = stack.enter_context(
       contextlib.closing(
@@ -125,12 +136,15 @@ def train(run: Run) -> bool:
 def restore_or_init(run, checkpoints):
   """(state, its step): the newest good checkpoint's, or a new one."""
   key = jax.random.key(run.config.seed)
-  state = train_step.init_state(
-    run.task.init, run.task.optimizer, key, run.mesh
-  )
-  restored = checkpoints.restore_newest(state)
+  arguments = (run.task.init, run.task.optimizer, key, run.mesh)
+  restored = checkpoints.restore_newest(train_step.abstract_state(*arguments))
   if restored is None:
-    return state, 0
+    if (run.directory / workdir.SUMMARY).exists():
+      raise UserError(
+        f"--workdir={run.directory} holds a finished run whose checkpoints are "
+        "gone; restore them, or use another --workdir."
+      )
+    return train_step.init_state(*arguments), 0
   step, state = restored
   if step > run.plan.total_steps:
     raise UserError(
@@ -255,7 +269,7 @@ def describe(run, state, start):
   flat = config_lib.flatten(run.config)
   rows = [(key, str(value)) for key, value in flat.items()]
   print(metrics.format_table(rows, ("config", "value")), end="\n\n")
-  print(parameter_table(state.params), end="\n\n")
+  print(metrics.parameter_table(state.params), end="\n\n")
   plan, devices = run.plan, run.mesh.devices
   print(
     f"{run.train_source.num_examples} images, {plan.steps_per_epoch} steps an "
@@ -264,17 +278,6 @@ def describe(run, state, start):
     + (f"resuming after step {start}." if start else "starting afresh."),
     flush=True,
   )
-
-
-def parameter_table(params) -> str:
-  """Numbers of parameters by module, two levels deep, and their sum."""
-  counts = {}
-  for path, x in jax.tree_util.tree_leaves_with_path(params):
-    name = "/".join(key.key for key in path[:2])
-    counts[name] = counts.get(name, 0) + x.size
-  rows = [(name, f"{count:,}") for name, count in counts.items()]
-  rows.append(("total", f"{sum(counts.values()):,}"))
-  return metrics.format_table(rows, ("parameters", "number"))
 
 
 def conclude(run):

@@ -11,15 +11,21 @@ import jax.numpy as jnp
 from umae_jax.models import patches as patches_lib
 
 
-def normalize_patches(patches: jax.Array) -> jax.Array:
-  """Gives every patch mean 0 and variance 1, (..., P) -> (..., P).
+def patch_statistics(patches: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Mean and deviation of each patch, (..., P) -> two of (..., 1).
 
   The variance is the unbiased one (divisor P - 1), with 1e-6 added inside the
   square root, as in the released code; P must be at least 2.
   """
   mean = patches.mean(axis=-1, keepdims=True)
   variance = patches.var(axis=-1, keepdims=True, ddof=1)
-  return (patches - mean) * jax.lax.rsqrt(variance + 1e-6)
+  return mean, jnp.sqrt(variance + 1e-6)
+
+
+def normalize_patches(patches: jax.Array) -> jax.Array:
+  """Gives every patch mean 0 and variance 1, (..., P) -> (..., P)."""
+  mean, deviation = patch_statistics(patches)
+  return (patches - mean) / deviation
 
 
 def reconstruction_loss(

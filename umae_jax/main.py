@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     return 0 if loop.train(run) else EXIT_PREEMPTED
   except UserError as error:
     return fail(error)
-  except FloatingPointError as error:
+  except (FloatingPointError, OSError) as error:
     return fail(error, EXIT_ERROR)
 
 

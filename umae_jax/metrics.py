@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import os
@@ -11,9 +12,12 @@ import sys
 import time
 from typing import Any
 
+import jax
 import numpy as np
 import tensorboardX
 import tqdm
+
+from umae_jax import UserError
 
 # What the progress bar shows, if logged: key of the log, short name, format.
 _SHOWN = (
@@ -37,7 +41,8 @@ class MetricsLog:
   Args:
     workdir: made if absent.
     resume_step: the step of the checkpoint that the run continues from; later
-      lines, and a line cut in two, are dropped. None: a new log.
+      lines, and a line cut in two, are dropped. None: a new log; one that is
+      there already is kept as metrics.1.jsonl, metrics.2.jsonl, ...
     active: False writes nothing; for all processes but the first.
   """
 
@@ -53,11 +58,11 @@ class MetricsLog:
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "metrics.jsonl"
-    _keep_until(path, -1 if resume_step is None else resume_step)
+    _keep_until(path, resume_step)
     self._file = path.open("a", encoding="utf-8")
     self._tensorboard = tensorboardX.SummaryWriter(
       str(workdir / "tensorboard"),
-      purge_step=None if resume_step is None else resume_step + 1,
+      purge_step=(resume_step or 0) + 1,
     )
 
   def write(
@@ -98,8 +103,7 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
 
   A last line that was cut in two by a kill is left out.
   """
-  lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines(True)
-  records = [json.loads(line) for line in lines if line.endswith("\n")]
+  records = [record for _, record in _complete_lines(pathlib.Path(path))]
   return [
     {
       name: float(x) if isinstance(x, str) and name != "split" else x
@@ -109,16 +113,33 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
   ]
 
 
-def _keep_until(path: pathlib.Path, step: int) -> None:
-  """Drops the lines of later steps, atomically."""
-  lines = (
-    path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
-  )
-  kept = [
-    line
-    for line in lines
-    if line.endswith("\n") and json.loads(line)["step"] <= step
-  ]
+def _complete_lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
+  """The lines that end, and what they hold; UserError if one is no record."""
+  lines = path.read_text(encoding="utf-8").splitlines(True)
+  records = []
+  for number, line in enumerate(lines, 1):
+    if not line.endswith("\n"):
+      break
+    try:
+      record = json.loads(line)
+      records.append((line, record | {"step": int(record["step"])}))
+    except (ValueError, TypeError, KeyError) as error:
+      raise UserError(
+        f"{path}: line {number} is not one of a log; mend or remove it."
+      ) from error
+  return records
+
+
+def _keep_until(path: pathlib.Path, step: int | None) -> None:
+  """Drops the lines of later steps, atomically; None: sets the log aside."""
+  if not path.exists():
+    return
+  if step is None:
+    numbers = itertools.count(1)
+    names = (path.with_name(f"metrics.{n}.jsonl") for n in numbers)
+    path.replace(next(name for name in names if not name.exists()))
+    return
+  kept = [x for x, record in _complete_lines(path) if record["step"] <= step]
   temporary = path.with_suffix(".tmp")
   temporary.write_text("".join(kept), encoding="utf-8")
   temporary.replace(path)
@@ -246,6 +267,17 @@ def format_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
 
   rule = "  ".join("-" * width for width in widths)
   return "\n".join([line(table[0]), rule, *map(line, table[1:])])
+
+
+def parameter_table(params: Mapping[str, Any]) -> str:
+  """Numbers of parameters by module, two levels deep, and their sum."""
+  counts = {}
+  for path, x in jax.tree_util.tree_leaves_with_path(params):
+    name = "/".join(key.key for key in path[:2])
+    counts[name] = counts.get(name, 0) + x.size
+  rows = [(name, f"{count:,}") for name, count in counts.items()]
+  rows.append(("total", f"{sum(counts.values()):,}"))
+  return format_table(rows, ("parameters", "number"))
 
 
 def _is_number(cell: str) -> bool:

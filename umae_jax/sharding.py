@@ -73,6 +73,12 @@ def state_sharding(tree: Any, mesh: Mesh, *, min_size: int = 2**16) -> Any:
   return jax.tree.map(lambda x: NamedSharding(mesh, split(x)), tree)
 
 
+def synchronize(name: str) -> None:
+  """Waits until every process is here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
 def preempted(step: int, stop_requested: bool) -> bool:
   """Whether the run should save and stop, the same on every process.
 

@@ -66,14 +66,30 @@ def init_state(
     key: the initial parameters depend on it alone, not on the mesh.
     mesh: the state is laid out by `sharding.state_sharding`.
   """
-
-  def make(key):
-    params = init(key)
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer.init(params), zero, zero)
-
+  make = functools.partial(_make_state, init, optimizer)
   layout = sharding.state_sharding(jax.eval_shape(make, key), mesh)
   return jax.jit(make, out_shardings=layout)(key)
+
+
+def abstract_state(
+  init: Callable[[jax.Array], PyTree],
+  optimizer: optax.GradientTransformation,
+  key: jax.Array,
+  mesh: Mesh,
+) -> TrainState:
+  """Shapes, dtypes and shardings of `init_state`, without making the arrays."""
+  shapes = jax.eval_shape(functools.partial(_make_state, init, optimizer), key)
+  return jax.tree.map(
+    lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout),
+    shapes,
+    sharding.state_sharding(shapes, mesh),
+  )
+
+
+def _make_state(init, optimizer, key):
+  params = init(key)
+  zero = jnp.zeros((), jnp.int32)
+  return TrainState(zero, params, optimizer.init(params), zero, zero)
 
 
 def make_train_step(

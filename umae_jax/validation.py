@@ -65,6 +65,13 @@ def _validate_keys(config):
       f"config.{key}={given[key]!r} must be of type "
       f"{type(keys[key]).__name__}, like {keys[key]!r}.",
     )
+    for x in given[key] if isinstance(given[key], list) else ():
+      _require(
+        isinstance(x, int | float)
+        and not isinstance(x, bool)
+        and math.isfinite(x),
+        f"config.{key}={given[key]} must hold finite numbers; {x!r} is none.",
+      )
 
 
 def _validate_ranges(config):
@@ -156,6 +163,12 @@ def _validate_data(data):
 def _validate_model(config):
   """Patches, heads and positions fit the image and the widths."""
   model, patch = config.model, config.model.patch_size
+  for name in ("width", "decoder_width"):
+    _require(
+      int(model.mlp_ratio * model[name]) >= 1,
+      f"config.model.mlp_ratio={model.mlp_ratio} of config.model.{name}="
+      f"{model[name]} leaves no hidden unit. MAE: 4.",
+    )
   for side in config.data.image_size:
     low = side - side % patch
     _require(

@@ -1,9 +1,12 @@
 """The work directory: whose it is, and whether this run may go on in it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
+import shutil
 from typing import Any
 
 from umae_jax import UserError
@@ -12,6 +15,7 @@ CONFIG = "config.json"
 SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
 
 
 def check(
@@ -36,7 +40,9 @@ def check(
   """
   _check_writable(path)
   if not (path / CONFIG).exists():
-    found = [x for x in (METRICS, SUMMARY, CHECKPOINTS) if (path / x).exists()]
+    found = [x for x in (METRICS, SUMMARY) if (path / x).exists()]
+    if (path / CHECKPOINTS).is_file() or any((path / CHECKPOINTS).glob("*")):
+      found.append(CHECKPOINTS)
     if found:
       raise UserError(
         f"--workdir={path} holds {', '.join(found)} but no {CONFIG}, so it is "
@@ -75,12 +81,49 @@ def claim(path: pathlib.Path, config: dict[str, Any]) -> None:
       number = 1
       while (backup := path / f"config.{number}.json").exists():
         number += 1
-      file.replace(backup)
+      shutil.copy2(file, backup)
     write_json(file, config)
   except OSError as error:
+    raise _refused(path, error) from error
+
+
+@contextlib.contextmanager
+def lock(path: pathlib.Path) -> Iterator[None]:
+  """Holds the directory for this process; another one is refused meanwhile.
+
+  Raises:
+    UserError: a process that still runs holds it, or it cannot be written.
+  """
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    file = (path / LOCK).open("w")
+  except OSError as error:
+    raise _refused(path, error) from error
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise UserError(
+        f"--workdir={path} is in use by another process; wait for it, or use "
+        "another --workdir."
+      ) from error
+    except OSError:
+      pass  # A file system without locks.
+    yield
+
+
+def local_path(directory: str) -> pathlib.Path:
+  """The directory as a path.
+
+  Raises:
+    UserError: it names a bucket.
+  """
+  if "://" in directory:
     raise UserError(
-      f"--workdir={path} cannot be written ({error.strerror}); choose another."
-    ) from error
+      f"--workdir={directory} is not a local path; mount the bucket (for "
+      "instance with gcsfuse) and give its folder."
+    )
+  return pathlib.Path(directory).expanduser()
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -100,6 +143,12 @@ def _check_writable(path):
       f"--workdir={path}: no permission to write in {nearest}; choose a "
       "directory of your own."
     )
+
+
+def _refused(path, error):
+  return UserError(
+    f"--workdir={path} cannot be written ({error.strerror}); choose another."
+  )
 
 
 def _read_config(file):

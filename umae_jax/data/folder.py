@@ -47,28 +47,32 @@ def open_folder(
   if (root / "train").is_dir() or (root / "val").is_dir():
     base, part = _split_folder(root, split), None
   else:
-    base, part = root, _part(split, eval_fraction)
+    base, part = root, _part(split)
   names, _ = class_lists.select(_class_names(base), classes)
   for other in (root / "train", root / "val"):
     if base != root and other.is_dir():
       _check_same_classes(base, names, other, classes)
 
-  paths, labels = [], []
+  paths, labels, seen = [], [], 0
   for label, name in enumerate(names):
-    images = _images(base / name)
-    chosen = images if part is None else _choose(images, part, eval_fraction)
+    images = chosen = _images(base / name)
+    if part is not None:
+      # Rounded up to here, so that small classes give their share, too.
+      due = round(eval_fraction * (seen + len(images)))
+      chosen = _choose(images, part, due - round(eval_fraction * seen))
+    seen += len(images)
     paths.extend(str(base / name / image) for image in chosen)
     labels.extend([label] * len(chosen))
   if not paths:
     raise UserError(
       f"config.data.eval_fraction={eval_fraction} leaves no image for "
-      f"split={split!r} of {directory}: it is taken of every class, "
-      "rounded. Raise it, or put more images into the class folders."
+      f"split={split!r} of the {seen} images of {directory}; "
+      f"{'lower' if part == 'train' else 'raise'} it."
     )
   return TableSource(
     class_names=names,
     labels=np.array(labels, np.int32),
-    load=lambda: paths,
+    load=lambda: [os.fsencode(path) for path in paths],
     name_of=paths.__getitem__,
     is_path=True,
   )
@@ -85,7 +89,7 @@ def _split_folder(root: pathlib.Path, split: str) -> pathlib.Path:
   return root / split
 
 
-def _part(split: str, eval_fraction: float) -> str:
+def _part(split: str) -> str:
   """Returns "train" or "val", the part of each class that `split` means."""
   if split not in _FLAT_SPLITS:
     raise UserError(
@@ -93,24 +97,16 @@ def _part(split: str, eval_fraction: float) -> str:
       f"{', '.join(map(repr, _FLAT_SPLITS))}, the splits of a folder without "
       "train/ and val/."
     )
-  if not 0 <= eval_fraction < 1:
-    raise UserError(
-      f"config.data.eval_fraction={eval_fraction} is the fraction of images "
-      "held out for evaluation; it must lie in [0, 1), e.g. 0.1."
-    )
   return "train" if split == "train" else "val"
 
 
-def _choose(
-  images: Iterable[str], part: str, eval_fraction: float
-) -> list[str]:
+def _choose(images: Iterable[str], part: str, num_held_out: int) -> list[str]:
   """Returns the "train" or "val" part of a class, sorted by name."""
 
   def rank(image):
     return hashlib.blake2b(os.fsencode(image), digest_size=8).digest()
 
   ranked = sorted(images, key=rank)
-  num_held_out = round(eval_fraction * len(ranked))
   held_out, rest = ranked[:num_held_out], ranked[num_held_out:]
   return sorted(rest if part == "train" else held_out)
 

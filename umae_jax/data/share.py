@@ -12,8 +12,7 @@ from umae_jax import UserError
 #   "label"     () int32
 #   "index"     () int64 in [0, N), which example of the source; -1 = padding
 # and the pipeline adds
-#   "position"  () int64, step * B + row of the global batch
-#   "seed"      (2,) int64, of this position's augmentation
+#   "seed"      (2,) int64, of the augmentation of this row of this step
 #   "readable"  () bool, False if the image did not decode and is grey instead
 Example = dict[str, Any]
 Stage = Callable[[Example], Example]
@@ -67,6 +66,9 @@ class Source(Protocol):
 
   def name_of(self, index: int) -> str:
     """What to call an example in a message: its file, or where it lies."""
+
+  def check(self, batch_size: int, process_count: int) -> None:
+    """Raises UserError if such batches cannot be had of so many processes."""
 
   def train_records(
     self, share: Share, *, seed: int, start_step: int, shuffle_buffer: int

@@ -125,6 +125,12 @@ class StreamSource:
 
     return _take_turns(reader, readers)
 
+  def check(self, batch_size: int, process_count: int) -> None:
+    """See `share.Source`."""
+    most = min(MAX_READERS, self.num_examples)
+    share = Share(batch_size, process_count=process_count)
+    self._readers(share, self.num_examples, most)
+
   def eval_records(self, share: Share, limit: int) -> Any:
     """The first `limit` as stored, a range per reader; see `share.Source`."""
     tf = tensorflow()

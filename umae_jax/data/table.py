@@ -62,6 +62,10 @@ class TableSource:
     indices = tf.data.Dataset.range(first_epoch, FOREVER).flat_map(epoch)
     return self._fetch(indices, share)
 
+  def check(self, batch_size: int, process_count: int) -> None:
+    """See `share.Source`."""
+    shares.Share(batch_size, process_count=process_count)
+
   def eval_records(self, share: shares.Share, limit: int) -> Any:
     """The first `limit` of a fixed permutation, padded; see `share.Source`."""
     order = np.random.default_rng(0).permutation(self.num_examples)[:limit]

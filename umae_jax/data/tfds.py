@@ -44,7 +44,12 @@ def open_tfds(
   class_names, new_labels = class_lists.select(stored, classes)
   kept = np.arange(pieces.take.sum())
   if classes:
-    logging.info("Counting the classes of %s %s: reads it all.", name, split)
+    logging.warning(
+      "Counting the images of config.data.classes=%r: reads all of %s %s.",
+      classes,
+      name,
+      split,
+    )
     kept = np.flatnonzero(new_labels[_labels(builder, pieces, label)] >= 0)
   if not kept.size:
     raise UserError(

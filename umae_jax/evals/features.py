@@ -10,7 +10,7 @@ import numpy as np
 def extract(
   encode: Callable[[jax.Array], jax.Array],
   batches: Iterable[Mapping[str, np.ndarray]],
-  mesh_to_global: Callable[[Any], Any],
+  to_global: Callable[[Any], Any],
 ) -> tuple[np.ndarray, np.ndarray]:
   """Encodes all images; the same answer on every process.
 
@@ -22,7 +22,7 @@ def extract(
     batches: this process's rows of each global batch: "image", "label" (int)
       and "mask" (bool; False rows are padding and left out). Every process has
       as many batches.
-    mesh_to_global: makes arrays of the global batch from a dict of these rows.
+    to_global: makes arrays of the global batch from a dict of these rows.
 
   Returns:
     features (N, D) float32 and labels (N,) int32, in the order of the batches.
@@ -33,7 +33,7 @@ def extract(
   running, fetched = None, []
   for batch in batches:
     rows = {key: batch[key] for key in ("image", "label", "mask")}
-    following = _encode(encode, mesh_to_global(rows))
+    following = _encode(encode, to_global(rows))
     if running is not None:
       fetched.append(jax.device_get(running))
     running = following

@@ -132,10 +132,11 @@ def make_objective(
 
 def make_evaluation(model, config, mesh, train_source, eval_source):
   """Returns params -> Evaluation, on the splits of the two sources."""
-  data, limits = config.data, config.evaluation
+  data, evaluation = config.data, config.evaluation
   batches = functools.partial(
     pipeline.eval_batches,
-    batch_size=config.batch_size,
+    # No more at once than a training step has, though images are whole.
+    batch_size=config.batch_size // config.micro_batches,
     image_size=tuple(data.image_size),
     channels=data.channels,
     process_index=jax.process_index(),
@@ -151,26 +152,28 @@ def make_evaluation(model, config, mesh, train_source, eval_source):
     )[:, 0]
   )
   held_out_losses = make_held_out_losses(model, config, jit)
-  reconstruct = jit(
-    lambda params, images: reconstructions(
-      model, config, params, images[: config.log.images]
-    )
-  )
+
+  @jit
+  def reconstruct(params, batch):  # Of rows that are no padding.
+    shown = jnp.argsort(~batch["mask"], stable=True)[: config.log.images]
+    images = batch["image"][shown]
+    return reconstructions(model, config, params, images), batch["mask"].sum()
 
   def extract(params, source, limit):
     encoder = functools.partial(encode, params)
     return features.extract(encoder, batches(source, limit=limit), to_global)
 
   def evaluate(params):
-    train = extract(params, train_source, limits.train_images)
-    test = extract(params, eval_source, limits.test_images)
+    train = extract(params, train_source, evaluation.train_images)
+    test = extract(params, eval_source, evaluation.test_images)
     singular_values = spectrum.singular_values(test[0])
-    images = map(to_global, batches(eval_source, limit=limits.test_images))
+    images = map(to_global, batches(eval_source, limit=evaluation.test_images))
     scalars = held_out_losses(params, images) | probes(
-      train, test, singular_values, len(eval_source.class_names), limits
+      train, test, singular_values, len(eval_source.class_names), evaluation
     )
     first = to_global(next(iter(batches(eval_source, limit=config.log.images))))
-    shown = jax.device_get(reconstruct(params, first["image"]))
+    triple, count = jax.device_get(reconstruct(params, first))
+    shown = [x[:count] for x in triple]
     drawings = {
       "reconstructions": functools.partial(pictures.reconstructions, *shown),
       "spectrum": functools.partial(
@@ -182,7 +185,7 @@ def make_evaluation(model, config, mesh, train_source, eval_source):
   return evaluate
 
 
-def probes(train, test, singular_values, num_classes, limits):
+def probes(train, test, singular_values, num_classes, evaluation):
   """What the features of whole images are good for, and how many they are.
 
   Args:
@@ -190,7 +193,7 @@ def probes(train, test, singular_values, num_classes, limits):
     test: likewise, to be tested on.
     singular_values: of the test features.
     num_classes: number of labels.
-    limits: `config.evaluation`.
+    evaluation: `config.evaluation`.
   """
   return {
     "effective_rank": spectrum.effective_rank(singular_values),
@@ -201,8 +204,8 @@ def probes(train, test, singular_values, num_classes, limits):
     "knn_accuracy": knn.weighted_knn(
       *train,
       *test,
-      k=limits.knn_k,
-      temperature=limits.knn_temperature,
+      k=evaluation.knn_k,
+      temperature=evaluation.knn_temperature,
       num_classes=num_classes,
     ),
   }
@@ -233,8 +236,9 @@ def make_held_out_losses(model, config, jit):
     return count, total, moment * len(images)
 
   def held_out_losses(params, batches):
-    parts = [sums(params, batch, i) for i, batch in enumerate(batches)]
-    parts = jax.device_get(parts)
+    parts = [  # Fetched one by one, or all batches would wait in memory.
+      jax.device_get(sums(params, batch, i)) for i, batch in enumerate(batches)
+    ]
     count, total, moment = (sum(x) for x in zip(*parts, strict=True))
     return {
       "reconstruction_loss": total / count,
@@ -265,9 +269,10 @@ def reconstructions(model, config, params, images):
   out = model.apply({"params": params}, x, noise, config.loss.mask_ratio)
   prediction = out.prediction
   if config.loss.normalize_pixels:
-    target = patches_lib.patchify(x, patch)
-    deviation = jnp.sqrt(target.var(-1, keepdims=True, ddof=1) + 1e-6)
-    prediction = prediction * deviation + target.mean(-1, keepdims=True)
+    mean_of_patch, deviation = losses.patch_statistics(
+      patches_lib.patchify(x, patch)
+    )
+    prediction = prediction * deviation + mean_of_patch
   predicted = patches_lib.unpatchify(prediction, patch, size)
   removed = jnp.broadcast_to(out.mask[:, :, None], prediction.shape)
   removed = patches_lib.unpatchify(removed, patch, size)
