@@ -89,10 +89,14 @@ def read_log(workdir, split=None):
   ]
 
 
+def newest_step(workdir):
+  names = [path.name for path in (workdir / "checkpoints").iterdir()]
+  return max(int(name) for name in names if name.isdecimal())
+
+
 def read_state(workdir):
-  """The arrays of the newest checkpoint."""
-  steps = [p.name for p in (workdir / "checkpoints").iterdir()]
-  newest = max(int(name) for name in steps if name.isdecimal())
+  """The newest checkpoint: (its step, its arrays)."""
+  newest = newest_step(workdir)
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Orbax prefers a template.
     state = ocp.load(workdir / "checkpoints" / str(newest))
@@ -138,12 +142,12 @@ def test_golden_first_step(reference):
 
 def test_a_finished_run_says_so_and_changes_nothing(reference, finish):
   workdir, _ = reference
-  before = (workdir / "metrics.jsonl").read_bytes(), read_state(workdir)[0]
+  before = (workdir / "metrics.jsonl").read_bytes(), newest_step(workdir)
   code, output, errors = finish(*SMALL, f"--workdir={workdir}")
   assert code == 0, errors
   assert "is finished" in output
   assert "linear_accuracy" in output
-  after = (workdir / "metrics.jsonl").read_bytes(), read_state(workdir)[0]
+  after = (workdir / "metrics.jsonl").read_bytes(), newest_step(workdir)
   assert before == after
 
 
@@ -164,14 +168,14 @@ def test_eight_devices_have_the_losses_of_one(reference, finish, tmp_path):
   assert_losses_agree(log, expected, 1e-5)
 
 
-def test_two_processes_have_the_losses_of_one(reference, start, tmp_path):
+def start_two(start, *flags):
+  """Two processes of two devices each, that work together."""
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
-  processes = [
+  return [
     start(
-      *SMALL,
-      f"--workdir={tmp_path}",
+      *flags,
       "--multihost",
       devices=2,
       JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
@@ -180,6 +184,10 @@ def test_two_processes_have_the_losses_of_one(reference, start, tmp_path):
     )
     for index in range(2)
   ]
+
+
+def test_two_processes_have_the_losses_of_one(reference, start, tmp_path):
+  processes = start_two(start, *SMALL, f"--workdir={tmp_path}")
   outputs = [process.communicate(timeout=300) for process in processes]
   assert [p.returncode for p in processes] == [0, 0], outputs
   assert "4 x cpu" in outputs[0][0]
@@ -221,7 +229,7 @@ def longer_reference(finish, tmp_path_factory):
 def test_killed_and_resumed_is_bit_for_bit_uninterrupted(
   longer_reference, start, finish, tmp_path
 ):
-  """SIGKILL at random steps, the third time while a checkpoint is written."""
+  """SIGKILL at three random moments, some while a checkpoint is written."""
   rng = random.Random(time.time())
   kills = sorted(rng.sample(range(3, 120), 3))
   for step in kills:
@@ -245,7 +253,7 @@ def test_sigterm_saves_and_exits_with_75(
   process.terminate()
   _, errors = process.communicate(timeout=120)
   assert process.returncode == 75, errors
-  saved, _ = read_state(tmp_path)
+  saved = newest_step(tmp_path)
   last = read_log(tmp_path)[-1]["step"]
   assert saved >= 10
   assert saved >= last
@@ -253,6 +261,24 @@ def test_sigterm_saves_and_exits_with_75(
   assert code == 0, errors
   assert f"resuming after step {saved}." in output
   assert_same_run(tmp_path, longer_reference)
+
+
+def test_sigterm_stops_two_processes_at_one_step(start, finish, tmp_path):
+  """Either may get the signal; both save, and one process can resume."""
+  flags = [*LONGER, f"--workdir={tmp_path}", "--config.num_epochs=1000"]
+  processes = start_two(start, *flags)
+  wait_for_step(processes[0], tmp_path, 10)
+  processes[1].terminate()
+  outputs = [process.communicate(timeout=120) for process in processes]
+  assert [p.returncode for p in processes] == [75, 75], outputs
+  saved = newest_step(tmp_path)
+  assert saved >= 10
+  process = start(*flags)
+  wait_for_step(process, tmp_path, saved + 1)
+  process.terminate()
+  output, errors = process.communicate(timeout=120)
+  assert process.returncode == 75, errors
+  assert f"resuming after step {saved}." in output
 
 
 @pytest.mark.parametrize(

@@ -148,9 +148,8 @@ def restore_or_init(run, checkpoints):
   step, state = restored
   if step > run.plan.total_steps:
     raise UserError(
-      f"--workdir={run.directory} has a checkpoint at step {step}, beyond "
-      f"this configuration's last, {run.plan.total_steps}; use another "
-      "--workdir or a larger config.num_epochs."
+      f"--workdir={run.directory} has a checkpoint of step {step}, the last "
+      f"is {run.plan.total_steps} here; use another, or more epochs."
     )
   return state, step
 
@@ -171,11 +170,9 @@ def run_steps(run, state, start, checkpoints, log) -> bool:
     micro_batches=config.micro_batches,
     max_skips=MAX_SKIPS,
   )
+  first = jax.process_index() == 0
   progress = metrics.Progress(
-    plan.total_steps,
-    start,
-    config.batch_size,
-    active=jax.process_index() == 0,
+    plan.total_steps, start, config.batch_size, active=first
   )
   with (
     sharding.stop_on_sigterm() as stop,
@@ -226,11 +223,15 @@ def train_batches(run, start):
 
 
 def to_floats(run, step, scalars, unreadable):
-  """Waits for the step, and adds what the host knows of it."""
+  """Waits for the step, and adds what the host knows of it.
+
+  Unreadable images are counted since this process started.
+  """
   scalars = {k: float(v) for k, v in jax.device_get(scalars).items()}
   # The rate of the update just made, the `applied`-th.
   applied = max(step - int(scalars["skipped"]) - 1, 0)
   scalars["learning_rate"] = float(run.task.schedule(applied))
+  unreadable = sharding.sum_over_processes(unreadable)
   return scalars | {"unreadable_images": unreadable}
 
 
@@ -266,8 +267,7 @@ def evaluate_and_draw(run, params, step, log):
 
 def describe(run, state, start):
   """Prints the configuration, the parameters and what is about to happen."""
-  flat = config_lib.flatten(run.config)
-  rows = [(key, str(value)) for key, value in flat.items()]
+  rows = [(key, str(x)) for key, x in config_lib.flatten(run.config).items()]
   print(metrics.format_table(rows, ("config", "value")), end="\n\n")
   print(metrics.parameter_table(state.params), end="\n\n")
   plan, devices = run.plan, run.mesh.devices

@@ -79,6 +79,13 @@ def synchronize(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def sum_over_processes(number: int) -> int:
+  """The sum of a number that every process has; all call it together."""
+  if jax.process_count() == 1:
+    return number
+  return int(multihost_utils.process_allgather(np.array(number)).sum())
+
+
 def preempted(step: int, stop_requested: bool) -> bool:
   """Whether the run should save and stop, the same on every process.
 
