@@ -41,15 +41,17 @@ def test_accuracy_equals_scikit_learn(alpha):
   assert 0.8 < got < 0.95
 
 
-def test_penalty_is_the_best_on_every_fifth_training_example():
+def test_penalty_is_the_best_in_five_fold_cross_validation():
   x, y, x_test, y_test = digits(noise=10.0)
   x, y = x[:100], y[:100]  # Few and noisy: the penalty matters.
-  held = np.arange(100) % 5 == 4
   penalties = (1e-2, 1e2, 1e4)
-  scores = [
-    (sklearn_scores(x[~held], y[~held], x[held], a).argmax(1) == y[held]).mean()
-    for a in penalties
-  ]
+
+  def right(penalty, fold):
+    out = np.arange(100) % 5 == fold
+    predicted = sklearn_scores(x[~out], y[~out], x[out], penalty).argmax(1)
+    return (predicted == y[out]).sum()
+
+  scores = [sum(right(a, fold) for fold in range(5)) for a in penalties]
   best = penalties[int(np.argmax(scores))]
   tests = [
     (sklearn_scores(x, y, x_test, a).argmax(1) == y_test).mean()
@@ -73,10 +75,11 @@ def test_test_labels_do_not_choose_the_penalty(monkeypatch):
   )
   linear.ridge_probe(x, y, x_test, y_test, num_classes=10)
   linear.ridge_probe(x, y, x_test, y_test[::-1], num_classes=10)
-  first, refit = fitted[:2]
-  assert first[0] == 480 and first[2] == linear.PENALTIES
-  np.testing.assert_array_equal(first[1], x[4::5])  # Whatever the classes.
-  assert refit[0] == 600 and refit[2] == fitted[3][2]
+  for fold, (size, held_out, penalties) in enumerate(fitted[:5]):
+    assert size == 480 and penalties == linear.PENALTIES
+    np.testing.assert_array_equal(held_out, x[fold::5])
+  assert len(fitted) == 12
+  assert fitted[5][0] == 600 and fitted[5][2] == fitted[11][2]
 
 
 def test_scale_and_shift_of_a_feature_do_not_matter():

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+FOLDS = 5
 PENALTIES = tuple(10.0**power for power in range(-2, 7))
 
 
@@ -20,8 +21,9 @@ def ridge_probe(
 
   Features are standardised by the training set's mean and deviation (constant
   ones are only centred); targets are one-hot, centred. The penalty is the
-  best, and of equals the first, on every fifth training example after fitting
-  the others; then all are fitted with it. No test label has a say.
+  best, and of equals the first, in five-fold cross-validation on the training
+  set (fold i is every fifth example from the i-th on); then all are fitted
+  with it. No test label has a say.
 
   Args:
     train_features: (N, D), N at least 5 unless there is one penalty.
@@ -39,24 +41,22 @@ def ridge_probe(
   y = np.asarray(train_labels)
   best = penalties[0]
   if len(penalties) > 1:
-    held_out = np.arange(len(x)) % 5 == 4
-    accuracies = _accuracies(
-      *(x[~held_out], y[~held_out], x[held_out], y[held_out]),
-      num_classes,
-      penalties,
-    )
-    best = penalties[int(np.argmax(accuracies))]
+    correct = np.zeros(len(penalties), int)
+    for fold in range(FOLDS):
+      out = np.arange(len(x)) % FOLDS == fold
+      correct += _num_correct(
+        x[~out], y[~out], x[out], y[out], num_classes, penalties
+      )
+    best = penalties[int(np.argmax(correct))]
   test = np.asarray(test_features, np.float64)
-  return _accuracies(x, y, test, test_labels, num_classes, [best])[0]
+  correct = _num_correct(x, y, test, test_labels, num_classes, [best])
+  return float(correct[0] / len(test))
 
 
-def _accuracies(x, y, x_test, y_test, num_classes, penalties) -> list[float]:
-  """Fits (x, y), for each penalty; returns the accuracies on the test pair."""
-  predictions = (
-    scores.argmax(1)
-    for scores in ridge_scores(x, y, x_test, num_classes, penalties)
-  )
-  return [float((p == y_test).mean()) for p in predictions]
+def _num_correct(x, y, x_test, y_test, num_classes, penalties) -> np.ndarray:
+  """Fits (x, y); how many of the test pair are right, for each penalty."""
+  scores = ridge_scores(x, y, x_test, num_classes, penalties)
+  return np.array([(s.argmax(1) == y_test).sum() for s in scores])
 
 
 def ridge_scores(x, y, x_test, num_classes, penalties) -> list[np.ndarray]:
