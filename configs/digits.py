@@ -3,8 +3,9 @@ r"""U-MAE on scikit-learn's 1,797 digits: minutes on a CPU, no download.
   python -m umae_jax.main --config=configs/digits.py --workdir=runs/digits
   python -m umae_jax.main --config=configs/digits.py:smoke --workdir=runs/smoke
 
-Cost:    TBD
-Result:  TBD
+Cost:    about three minutes on two CPU cores.
+Result:  93.6 % linear, 94.6 % kNN, effective rank 39.0 of 64 (MAE: 94.5, 95.0,
+         31.4), means of seeds 0, 1, 2; the README says how.
 Source:  ours; 8 x 8 pixels as 16 patches of 2 x 2.
 """
 
