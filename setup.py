@@ -40,6 +40,6 @@ setuptools.setup(
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
     "torch": ["torch>=2.10", "safetensors", "transformers"],
-    "test": ["hypothesis", "pytest>=8", "ruff==0.17.6"],
+    "test": ["hypothesis", "pytest>=8", "pytest-xdist", "ruff==0.17.6"],
   },
 )

@@ -194,7 +194,7 @@ def test_state_may_be_donated_once_save_returns(tmp_path, num_devices, sharded):
     ({"keep_last": 2}, (5, 6)),
     ({"keep_last": 1, "keep_every": 2}, (2, 4, 6)),
     ({"keep_last": 2, "keep_every": 4}, (4, 5, 6)),
-    ({}, (4, 5, 6)),
+    ({"keep_last": 3}, (4, 5, 6)),
   ],
 )
 def test_retention(tmp_path, options, kept):
