@@ -142,7 +142,7 @@ def test_tensorboard_forgets_what_the_resumed_run_repeats(tmp_path):
     for event in read_events(tmp_path / "tensorboard")
     if event.session_log.status == 1  # START: drop this step and later ones.
   ]
-  assert starts == [5]
+  assert starts[-1] == 5  # Before it, the new log purges from step 1.
 
 
 def read_events(folder):
