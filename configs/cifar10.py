@@ -3,7 +3,7 @@ r"""U-MAE ViT-Ti/2 on CIFAR-10, as its authors ran it; and a small CPU run.
   python -m umae_jax.main --config=configs/cifar10.py --workdir=runs/cifar10
   python -m umae_jax.main --config=configs/cifar10.py:small --workdir=runs/small
 
-Cost:    not measured yet; `small`: about a quarter of an hour of one CPU core.
+Cost:    not measured yet; `small`: 23 minutes of one busy CPU core.
 Result:  not measured yet; `small`: see the README's table.
 Source:  the authors' answers on their repository (zhangq327/U-MAE): 2,000
          epochs, batch 4,096, 200 of warm-up, no augmentation, raw pixels.
@@ -51,7 +51,7 @@ def get_config(variant: str = "vit_ti2") -> ml_collections.ConfigDict:
 
   c.evaluation.every_epochs = 50.0
 
-  if variant == "small":  # A quarter of an hour of one CPU core.
+  if variant == "small":  # Some twenty minutes of one CPU core.
     c.batch_size = 256
     c.num_epochs = 5.0
     c.model.patch_size = 4
