@@ -1,5 +1,6 @@
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -76,3 +77,90 @@ def test_adamw_is_the_decoupled_one_of_pytorch():
       expected[key] = shrunk - rate * direction
   for key, x in expected.items():
     np.testing.assert_allclose(params[key], x, rtol=1e-5)
+
+
+def test_lars_equals_the_released_one():
+  figures = np.load(REFERENCE / "lars_steps.npz")
+  optimizer = optimizers.lars(
+    optax.constant_schedule(float(figures["lr"])),
+    momentum=float(figures["momentum"]),
+    trust_coefficient=float(figures["trust_coefficient"]),
+  )
+  params = {"w": figures["w0"], "b": figures["b0"]}
+  state = optimizer.init(params)
+  for step in range(4):
+    grads = {"w": figures[f"gw{step}"], "b": figures[f"gb{step}"]}
+    updates, state = optimizer.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    for key in params:
+      np.testing.assert_allclose(
+        params[key], figures[f"{key}{step + 1}"], rtol=1e-6, atol=1e-7
+      )
+
+
+def test_the_rate_of_lars_scales_the_momentum():
+  """After a change of rate the old gradients count at the new one."""
+  optimizer = optimizers.lars(lambda step: 1.0 * (step > 0))
+  params = {"b": jnp.zeros(1)}
+  state = optimizer.init(params)
+  _, state = optimizer.update({"b": jnp.ones(1)}, state, params)
+  updates, _ = optimizer.update({"b": jnp.zeros(1)}, state, params)
+  np.testing.assert_allclose(updates["b"], [-0.9], rtol=1e-6)
+
+
+def test_lars_decays_before_it_normalises_and_spares_zero_weights():
+  optimizer = optimizers.lars(lambda step: 1.0, weight_decay=0.5)
+  w = jnp.array([[3.0, 4.0]])
+  params = {"w": w, "zero": jnp.zeros((1, 2)), "b": jnp.ones(2)}
+  grads = jax.tree.map(jnp.ones_like, params)
+  updates, _ = optimizer.update(grads, optimizer.init(params), params)
+  decayed = np.array([[2.5, 3.0]])
+  expected = -decayed * 0.001 * 5 / np.linalg.norm(decayed)
+  np.testing.assert_allclose(updates["w"], expected, rtol=1e-6)
+  np.testing.assert_allclose(updates["zero"], -np.ones((1, 2)), rtol=1e-6)
+  np.testing.assert_allclose(updates["b"], -np.ones(2), rtol=1e-6)
+
+
+def vit_tree(depth):
+  leaf = jnp.ones((1, 2))
+  encoder = {f"block{i}": {"fc1": {"kernel": leaf}} for i in range(depth)}
+  first = {"cls_token": leaf, "pos_embed": leaf, "patch_embed": {"bias": leaf}}
+  return {
+    "encoder": encoder | first,
+    "fc_norm": {"scale": leaf},
+    "head": {"kernel": leaf},
+  }
+
+
+def test_layer_scales_of_vit_b_are_the_published_ones():
+  """0.65 to the power of 13 at the bottom, 12 at block 0, ..., 1 at block 11."""
+  scales = optimizers.layer_scales(vit_tree(12), 0.65)
+  for name in ("cls_token", "pos_embed"):
+    np.testing.assert_allclose(scales["encoder"][name], 0.65**13, rtol=1e-6)
+  np.testing.assert_allclose(
+    scales["encoder"]["patch_embed"]["bias"], 0.65**13, rtol=1e-6
+  )
+  for i in range(12):
+    got = scales["encoder"][f"block{i}"]["fc1"]["kernel"]
+    np.testing.assert_allclose(got, 0.65 ** (12 - i), rtol=1e-6)
+  assert scales["fc_norm"]["scale"] == scales["head"]["kernel"] == 1
+
+
+def test_layer_decay_scales_the_whole_update():
+  params = vit_tree(2)
+  plain = optimizers.adamw(lambda step: 0.1, weight_decay=0.5)
+  scaled = optimizers.with_layer_decay(plain, 0.5)
+  grads = jax.tree.map(jnp.ones_like, params)
+  expected, _ = plain.update(grads, plain.init(params), params)
+  got, _ = scaled.update(grads, scaled.init(params), params)
+  factors = optimizers.layer_scales(params, 0.5)
+  jax.tree.map(
+    lambda x, y, f: np.testing.assert_allclose(x, y * f, rtol=1e-6),
+    *(got, expected, factors),
+  )
+
+
+def test_spared_parameters_do_not_decay():
+  params = {"pos_embed": jnp.ones((1, 2, 4)), "kernel": jnp.ones((4, 4))}
+  mask = optimizers.decay_mask(params, ("pos_embed",))
+  assert mask == {"pos_embed": False, "kernel": True}

@@ -85,10 +85,10 @@ def test_uniformity_of_each_micro_batch_would_be_another_gradient():
   params = init(jax.random.key(0))
   batch = OBJECTIVE.randomize(jax.random.key(1), {"image": BATCHES[0]})
   grad = jax.jit(train_step.gradients, static_argnums=(0, 3))
-  (whole, _), exact = grad(OBJECTIVE, params, batch, 1)
-  (same, _), parts = grad(OBJECTIVE, params, batch, 4)
+  (whole, _), exact, _ = grad(OBJECTIVE, params, batch, 1)
+  (same, _), parts, _ = grad(OBJECTIVE, params, batch, 4)
   per_part = OBJECTIVE._replace(statistics=None)
-  (other, _), wrong = grad(per_part, params, batch, 4)
+  (other, _), wrong, _ = grad(per_part, params, batch, 4)
   size = optax.tree.norm(exact)
 
   def distance(tree):

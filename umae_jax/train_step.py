@@ -1,6 +1,6 @@
 """One update, jitted and sharded: loss, gradient, guard, update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ class TrainState(NamedTuple):
 
 
 class Objective(NamedTuple):
-  """What a task minimises, in three pure functions.
+  """What a task minimises, in pure functions.
 
   Attributes:
     randomize: (key, batch) -> batch. Draws everything random of a step, one
@@ -45,40 +45,54 @@ class Objective(NamedTuple):
     loss: (params, batch, statistics) -> (scalar, {name: scalar}). Statistics
       are None, or those of the whole batch of which `batch` is one part; the
       mean of the parts' gradients is then the gradient of the whole.
+    frozen: top-level keys of the parameters that are not trained: no gradient
+      is taken, no optimiser state kept, no bit of them changed.
+    follow: (params, statistics) -> {key: tree}, or None. New values of frozen
+      keys after an update: running averages, which follow the training.
   """
 
   randomize: Callable[[jax.Array, PyTree], PyTree]
   statistics: Callable[[PyTree, PyTree], PyTree] | None
   loss: Callable[[PyTree, PyTree, PyTree], tuple[jax.Array, Scalars]]
+  frozen: tuple[str, ...] = ()
+  follow: Callable[[PyTree, PyTree], PyTree] | None = None
 
 
 def init_state(
-  init: Callable[[jax.Array], PyTree],
+  init: Callable[..., PyTree],
   optimizer: optax.GradientTransformation,
   key: jax.Array,
   mesh: Mesh,
+  frozen: Sequence[str] = (),
+  given: PyTree | None = None,
 ) -> TrainState:
   """Initial state, each array made where it will live.
 
   Args:
-    init: key -> params.
-    optimizer: whose state to add.
+    init: key -> params, or (key, given) -> params.
+    optimizer: whose state to add, for what is not frozen.
     key: the initial parameters depend on it alone, not on the mesh.
     mesh: the state is laid out by `sharding.state_sharding`.
+    frozen: as in `Objective`.
+    given: pretrained parameters, the same on every process: the second
+      argument of `init`, unless None.
   """
-  make = functools.partial(_make_state, init, optimizer)
-  layout = sharding.state_sharding(jax.eval_shape(make, key), mesh)
-  return jax.jit(make, out_shardings=layout)(key)
+  make = functools.partial(_make_state, init, optimizer, frozen)
+  layout = sharding.state_sharding(jax.eval_shape(make, key, given), mesh)
+  return jax.jit(make, out_shardings=layout)(key, given)
 
 
 def abstract_state(
-  init: Callable[[jax.Array], PyTree],
+  init: Callable[..., PyTree],
   optimizer: optax.GradientTransformation,
   key: jax.Array,
   mesh: Mesh,
+  frozen: Sequence[str] = (),
+  given: PyTree | None = None,
 ) -> TrainState:
   """Shapes, dtypes and shardings of `init_state`, without making the arrays."""
-  shapes = jax.eval_shape(functools.partial(_make_state, init, optimizer), key)
+  make = functools.partial(_make_state, init, optimizer, frozen)
+  shapes = jax.eval_shape(make, key, given)
   return jax.tree.map(
     lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout),
     shapes,
@@ -86,10 +100,17 @@ def abstract_state(
   )
 
 
-def _make_state(init, optimizer, key):
-  params = init(key)
+def _make_state(init, optimizer, frozen, key, given):
+  params = init(key) if given is None else init(key, given)
+  trained, _ = _split(params, frozen)
   zero = jnp.zeros((), jnp.int32)
-  return TrainState(zero, params, optimizer.init(params), zero, zero)
+  return TrainState(zero, params, optimizer.init(trained), zero, zero)
+
+
+def _split(params, frozen):
+  """(what is trained, what is not), both {key: tree}."""
+  trained = {key: x for key, x in params.items() if key not in frozen}
+  return trained, {key: x for key, x in params.items() if key in frozen}
 
 
 def make_train_step(
@@ -134,14 +155,17 @@ def make_train_step(
   def train_step(state: TrainState, batch: PyTree):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     batch = objective.randomize(key, batch)
-    (loss, parts), grads = gradients(
+    (loss, parts), grads, statistics = gradients(
       objective, state.params, batch, micro_batches, batch_layout
     )
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     apply = finite & (state.skipped_in_a_row < max_skips)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    trained, frozen = _split(state.params, objective.frozen)
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    params = optax.apply_updates(trained, updates) | frozen
+    if objective.follow is not None:
+      params |= objective.follow(params, statistics)
     params, opt_state = jax.tree.map(
       lambda new, old: jnp.where(apply, new, old),
       (params, opt_state),
@@ -173,23 +197,37 @@ def gradients(
   batch: PyTree,
   micro_batches: int = 1,
   batch_layout: jax.sharding.Sharding | None = None,
-) -> tuple[tuple[jax.Array, Scalars], PyTree]:
-  """((loss, parts), gradient) of the whole batch, taken in equal parts.
+) -> tuple[tuple[jax.Array, Scalars], PyTree, PyTree]:
+  """((loss, parts), gradient, statistics) of the whole batch.
 
-  With several parts there are two passes: the first, forward only, averages
-  the objective's statistics; the second takes gradients, given these. The
-  result is that of one part for any number (Objective says why).
+  The batch is taken in equal parts. With several there are two passes: the
+  first, forward only, averages the objective's statistics; the second takes
+  gradients, given these. The result is that of one part for any number
+  (Objective says why).
 
   Args:
     objective: what to differentiate.
-    params: where.
+    params: where; the gradient is that of what is not frozen.
     batch: tree of arrays with B rows, randomised.
     micro_batches: parts; must divide B.
     batch_layout: sharding of a part's rows, where there is a mesh.
+
+  Returns:
+    Statistics are None where neither the parts nor `follow` need them.
   """
-  grad = jax.value_and_grad(objective.loss, has_aux=True)
+  trained, frozen = _split(params, objective.frozen)
+
+  def loss(trained, part, statistics):
+    return objective.loss(trained | frozen, part, statistics)
+
+  grad = jax.value_and_grad(loss, has_aux=True)
+  statistics = None
+  needed = micro_batches > 1 or objective.follow is not None
+  needed = needed and objective.statistics is not None
   if micro_batches == 1:
-    return grad(params, batch, None)
+    if needed:
+      statistics = objective.statistics(params, batch)
+    return *grad(trained, batch, statistics), statistics
 
   def split(x):
     # Every n-th row goes to one part, so that parts use all the devices.
@@ -201,12 +239,12 @@ def gradients(
     return jax.lax.with_sharding_constraint(x, layout)
 
   parts = jax.tree.map(split, batch)
-  statistics = None
-  if objective.statistics is not None:
+  if needed:
     statistics = _mean_over(
       lambda part: objective.statistics(params, part), parts
     )
-  return _mean_over(lambda part: grad(params, part, statistics), parts)
+  result = _mean_over(lambda part: grad(trained, part, statistics), parts)
+  return *result, statistics
 
 
 def _mean_over(function: Callable[[PyTree], PyTree], parts: PyTree) -> PyTree:
