@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import Ridge, RidgeClassifier
 from sklearn.preprocessing import StandardScaler
 
-from umae_jax.evals import linear
+from umae_jax.evals import classification, linear
 
 
 def digits(noise=0.0):
@@ -28,6 +28,43 @@ def test_scores_equal_scikit_learn(alpha):
   np.testing.assert_allclose(
     got, sklearn_scores(x, y, x_test, alpha), atol=1e-8
   )
+
+
+@pytest.mark.parametrize("alpha", [1e-2, 1.0, 1e4])
+@pytest.mark.parametrize("count", [40, 64, 65])
+def test_fewer_examples_than_dimensions(alpha, count):
+  """The kernel form is the same solution; there are 64 dimensions."""
+  x, y, x_test, _ = digits(noise=1.0)
+  x, y = x[:count], y[:count]
+  (got,) = linear.ridge_scores(x.astype(np.float64), y, x_test, 10, [alpha])
+  want = sklearn_scores(x, y, x_test, alpha)
+  np.testing.assert_allclose(got, want, atol=1e-8)
+
+
+def test_probe_scores_are_those_of_scikit_learns_classifier():
+  """RidgeClassifier's targets are -1 and 1: its scores are 2 s - 1."""
+  x, y, x_test, y_test = digits()
+  got = linear.ridge_probe_scores(x, y, x_test, num_classes=10, penalties=[9.0])
+  scaler = StandardScaler().fit(x.astype(np.float64))
+  model = RidgeClassifier(alpha=9.0)
+  model.fit(scaler.transform(x.astype(np.float64)), y)
+  x_test = x_test.astype(np.float64)
+  want = model.decision_function(scaler.transform(x_test))
+  np.testing.assert_allclose(2 * got - 1, want, atol=1e-6)
+  top_5 = classification.top_k_accuracy(got, y_test, 5)
+  assert top_5 > classification.top_k_accuracy(got, y_test, 1) > 0.8
+
+
+def test_probe_scores_are_of_the_chosen_penalty():
+  x, y, x_test, y_test = digits(noise=10.0)
+  x, y = x[:100], y[:100]
+  options = {"num_classes": 10, "penalties": (1e-2, 1e2, 1e4)}
+  scores = linear.ridge_probe_scores(x, y, x_test, **options)
+  want = [sklearn_scores(x, y, x_test, a) for a in options["penalties"]]
+  fits = [np.allclose(scores, w, atol=1e-8) for w in want]
+  assert sum(fits) == 1 and not fits[0]
+  accuracy = linear.ridge_probe(x, y, x_test, y_test, **options)
+  assert accuracy == (scores.argmax(1) == y_test).mean()
 
 
 @pytest.mark.parametrize("alpha", [1e-2, 1e4])

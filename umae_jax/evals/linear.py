@@ -17,7 +17,26 @@ def ridge_probe(
   num_classes: int,
   penalties: Sequence[float] = PENALTIES,
 ) -> float:
-  """Test accuracy of one-vs-rest ridge regression on frozen features.
+  """Accuracy in [0, 1] of `ridge_probe_scores` on test_labels, (M,) int."""
+  scores = ridge_probe_scores(
+    train_features,
+    train_labels,
+    test_features,
+    num_classes=num_classes,
+    penalties=penalties,
+  )
+  return float((scores.argmax(1) == test_labels).mean())
+
+
+def ridge_probe_scores(
+  train_features: np.ndarray,
+  train_labels: np.ndarray,
+  test_features: np.ndarray,
+  *,
+  num_classes: int,
+  penalties: Sequence[float] = PENALTIES,
+) -> np.ndarray:
+  """Test scores of one-vs-rest ridge regression on frozen features.
 
   Features are standardised by the training set's mean and deviation (constant
   ones are only centred); targets are one-hot, centred. The penalty is the
@@ -29,13 +48,13 @@ def ridge_probe(
     train_features: (N, D), N at least 5 unless there is one penalty.
     train_labels: (N,) int, in [0, num_classes).
     test_features: (M, D).
-    test_labels: (M,) int.
     num_classes: number of classes.
     penalties: > 0, added to the diagonal of the (D, D) Gram matrix of the
       standardised features, whose diagonal is N: scikit-learn's alpha.
 
   Returns:
-    Accuracy in [0, 1].
+    (M, num_classes) float64; the largest of a row is the prediction. Top-5:
+    `classification.top_k_accuracy`.
   """
   x = np.asarray(train_features, np.float64)
   y = np.asarray(train_labels)
@@ -44,19 +63,11 @@ def ridge_probe(
     correct = np.zeros(len(penalties), int)
     for fold in range(FOLDS):
       out = np.arange(len(x)) % FOLDS == fold
-      correct += _num_correct(
-        x[~out], y[~out], x[out], y[out], num_classes, penalties
-      )
+      scores = ridge_scores(x[~out], y[~out], x[out], num_classes, penalties)
+      correct += [(s.argmax(1) == y[out]).sum() for s in scores]
     best = penalties[int(np.argmax(correct))]
   test = np.asarray(test_features, np.float64)
-  correct = _num_correct(x, y, test, test_labels, num_classes, [best])
-  return float(correct[0] / len(test))
-
-
-def _num_correct(x, y, x_test, y_test, num_classes, penalties) -> np.ndarray:
-  """Fits (x, y); how many of the test pair are right, for each penalty."""
-  scores = ridge_scores(x, y, x_test, num_classes, penalties)
-  return np.array([(s.argmax(1) == y_test).sum() for s in scores])
+  return ridge_scores(x, y, test, num_classes, [best])[0]
 
 
 def ridge_scores(x, y, x_test, num_classes, penalties) -> list[np.ndarray]:
@@ -74,13 +85,16 @@ def ridge_scores(x, y, x_test, num_classes, penalties) -> list[np.ndarray]:
   x, x_test = (x - mean) / deviation, (x_test - mean) / deviation
   targets = np.eye(num_classes)[y]
   prior = targets.mean(0)
-  # X^T X = V diag(e) V^T once; each penalty then costs one small product.
-  eigenvalues, vectors = np.linalg.eigh(x.T @ x)
+  # Either X^T X = V diag(e) V^T, or, where that is smaller, X X^T (the kernel
+  # form of the same solution); each penalty then costs one small product.
+  wide = x.shape[1] > len(x)
+  eigenvalues, vectors = np.linalg.eigh(x @ x.T if wide else x.T @ x)
   eigenvalues = np.maximum(eigenvalues, 0)  # Round-off may leave -1e-13.
-  # The targets need no centring: x is centred, and x.T @ prior is zero.
-  right = vectors.T @ (x.T @ targets)  # (D, num_classes)
-  rotated = x_test @ vectors  # (M, D)
+  # (N or D, num_classes), and (M, N or D):
+  right = targets - prior if wide else x.T @ (targets - prior)
+  left = x_test @ x.T if wide else x_test
+  right, left = vectors.T @ right, left @ vectors
   return [
-    rotated @ (right / (eigenvalues + penalty)[:, None]) + prior
+    left @ (right / (eigenvalues + penalty)[:, None]) + prior
     for penalty in penalties
   ]
