@@ -1,0 +1,304 @@
+"""Linear softmax probes on cached features, many hyper-parameters at once."""
+
+from collections.abc import Mapping, Sequence
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from umae_jax import optimizers
+from umae_jax.evals import classification
+
+
+class Probes(NamedTuple):
+  """G linear classifiers: kernel (G, D, classes) and bias (G, classes)."""
+
+  kernel: jax.Array
+  bias: jax.Array
+
+  def scores(self, features: np.ndarray) -> np.ndarray:
+    """(M, D) to (G, M, classes) float32; one probe at a time is computed."""
+    x = np.asarray(features, np.float32)
+    weights = zip(np.asarray(self.kernel), np.asarray(self.bias))
+    return np.stack([x @ kernel + bias for kernel, bias in weights])
+
+
+class FastProbe(NamedTuple):
+  """What `fast_probe` finds.
+
+  Attributes:
+    scores: (M, classes) float32, of the test examples.
+    learning_rate: the chosen one, per 256 images.
+    weight_decay: the chosen one.
+    held_out_accuracy: (G,), of every pair, in [0, 1].
+  """
+
+  scores: np.ndarray
+  learning_rate: float
+  weight_decay: float
+  held_out_accuracy: np.ndarray
+
+
+class Row(NamedTuple):
+  """A recipe, and the test accuracy that it gives, in [0, 1]."""
+
+  feature: str
+  normalization: str
+  epochs: int
+  batch_size: int
+  learning_rate: float
+  accuracy: float
+
+
+def train_probes(
+  features: np.ndarray,
+  labels: np.ndarray,
+  *,
+  learning_rates: Sequence[float],
+  weight_decays: Sequence[float],
+  num_classes: int,
+  epochs: int,
+  batch_size: int,
+  seed: int,
+  warmup: float = 0.1,
+) -> Probes:
+  """Trains G softmax classifiers, from zero, on the same batches.
+
+  The optimiser is SGD with momentum 0.9, linear warm-up, and a cosine to 0.
+  Each epoch is another random order of all rows, without the last partial
+  batch. The features are on the device once, not G times; a step needs
+  G * batch_size * num_classes logits.
+
+  Args:
+    features: (N, D), taken as they are.
+    labels: (N,) int, in [0, num_classes).
+    learning_rates: (G,), peaks per 256 images: times batch_size / 256.
+    weight_decays: (G,), times the kernel added to its gradient; the bias is
+      not decayed.
+    num_classes: number of classes.
+    epochs: passes over the features.
+    batch_size: B; N where N is smaller.
+    seed: of the order.
+    warmup: fraction of the steps.
+
+  Returns:
+    Probes, the i-th of (learning_rates[i], weight_decays[i]). One that
+    diverged holds NaN or infinity.
+  """
+  batch_size = min(batch_size, len(features))
+  scale = batch_size / 256
+  return _train(
+    jnp.asarray(features, jnp.float32),
+    jnp.asarray(labels, jnp.int32),
+    scale * jnp.asarray(learning_rates, jnp.float32),
+    jnp.asarray(weight_decays, jnp.float32),
+    jax.random.key(seed),
+    num_classes=num_classes,
+    epochs=epochs,
+    batch_size=batch_size,
+    warmup=warmup,
+  )
+
+
+@functools.partial(
+  jax.jit, static_argnames=("num_classes", "epochs", "batch_size", "warmup")
+)
+def _train(
+  features,
+  labels,
+  learning_rates,
+  weight_decays,
+  key,
+  *,
+  num_classes,
+  epochs,
+  batch_size,
+  warmup,
+):
+  """`train_probes` on the device, the learning rates as they are applied."""
+  per_epoch = len(features) // batch_size
+  total = epochs * per_epoch
+  schedule = optimizers.warmup_cosine(
+    1.0, warmup_steps=round(warmup * total), total_steps=total
+  )
+  shape = len(learning_rates), features.shape[1], num_classes
+  probes = Probes(jnp.zeros(shape), jnp.zeros(shape[::2]))
+  momentum = optax.trace(decay=0.9)
+
+  def loss(probe, x, y):
+    logits = jnp.matmul(x, probe.kernel, precision="highest")
+    logits += probe.bias[None]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+    return losses.mean()
+
+  @functools.partial(jax.vmap, in_axes=(0, 0, 0, 0, None, None, None))
+  def update(probe, trace, learning_rate, weight_decay, x, y, step):
+    gradient = jax.grad(loss)(probe, x, y)
+    decayed = gradient.kernel + weight_decay * probe.kernel
+    updates, trace = momentum.update(gradient._replace(kernel=decayed), trace)
+    rate = learning_rate * schedule(step)
+    return jax.tree.map(lambda p, u: p - rate * u, probe, updates), trace
+
+  def epoch(carry, number):
+    order = jax.random.permutation(
+      jax.random.fold_in(key, number), len(features)
+    )
+
+    def one_step(carry, i):
+      rows = jax.lax.dynamic_slice_in_dim(order, i * batch_size, batch_size)
+      step = number * per_epoch + i
+      x, y = features[rows], labels[rows]
+      return update(*carry, learning_rates, weight_decays, x, y, step), None
+
+    return jax.lax.scan(one_step, carry, jnp.arange(per_epoch))[0], None
+
+  start = probes, jax.vmap(momentum.init)(probes)
+  return jax.lax.scan(epoch, start, jnp.arange(epochs))[0][0]
+
+
+def fast_probe(
+  train_features: np.ndarray,
+  train_labels: np.ndarray,
+  test_features: np.ndarray,
+  *,
+  learning_rates: Sequence[float],
+  weight_decays: Sequence[float],
+  num_classes: int,
+  epochs: int,
+  batch_size: int,
+  seed: int,
+  held_out: float = 0.1,
+  normalization: str = "standardize",
+) -> FastProbe:
+  """The best pair of hyper-parameters on held-out rows, refitted on all.
+
+  Args:
+    train_features: (N, D).
+    train_labels: (N,) int, in [0, num_classes).
+    test_features: (M, D). Test labels are not needed, so they have no say.
+    learning_rates: (G,), see `train_probes`.
+    weight_decays: (G,); pair i is (learning_rates[i], weight_decays[i]), and
+      of equally good pairs the first is chosen.
+    num_classes: number of classes.
+    epochs: of each fit.
+    batch_size: B; the number of rows where that is smaller.
+    seed: of the held-out rows and of the order.
+    held_out: fraction of the training rows, in (0, 1).
+    normalization: see `normalize`.
+  """
+  x, y = np.asarray(train_features), np.asarray(train_labels)
+  out = np.zeros(len(x), bool)
+  order = np.random.default_rng(seed).permutation(len(x))
+  out[order[: max(1, round(held_out * len(x)))]] = True
+  train = functools.partial(
+    train_probes,
+    num_classes=num_classes,
+    epochs=epochs,
+    batch_size=batch_size,
+    seed=seed,
+  )
+  fitted, judged = normalize(x[~out], x[out], normalization)
+  probes = train(
+    fitted, y[~out], learning_rates=learning_rates, weight_decays=weight_decays
+  )
+  accuracy = np.array(
+    [classification.top_k_accuracy(s, y[out], 1) for s in probes.scores(judged)]
+  )
+  best = int(accuracy.argmax())
+  pair = learning_rates[best], weight_decays[best]
+  x, x_test = normalize(x, test_features, normalization)
+  probe = train(x, y, learning_rates=pair[:1], weight_decays=pair[1:])
+  return FastProbe(probe.scores(x_test)[0], *map(float, pair), accuracy)
+
+
+def normalize(
+  train: np.ndarray, test: np.ndarray, kind: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """Brings (N, D) and (M, D) features to a common scale, float32.
+
+  Args:
+    train: (N, D).
+    test: (M, D).
+    kind: "standardize": by the mean and deviation of `train` (constant
+      features are only centred); "l2": rows of length 1; "none".
+
+  Raises:
+    ValueError: another kind.
+  """
+  train, test = (np.asarray(x, np.float32) for x in (train, test))
+  if kind == "standardize":
+    mean = train.mean(0, dtype=np.float64)
+    deviation = train.std(0, dtype=np.float64)
+    constant = deviation <= 1e-6 * (1e-6 + np.abs(mean))
+    deviation = np.where(constant, 1, deviation)
+    return tuple(
+      ((x - mean) / deviation).astype(np.float32) for x in (train, test)
+    )
+  if kind == "l2":
+    norms = (np.linalg.norm(x, axis=1, keepdims=True) for x in (train, test))
+    return tuple(
+      x / np.where(norm > 0, norm, 1) for x, norm in zip((train, test), norms)
+    )
+  if kind == "none":
+    return train, test
+  raise ValueError(
+    f"normalization={kind!r} is not one of 'standardize', 'l2', 'none'."
+  )
+
+
+def sweep(
+  features: Mapping[str, tuple[np.ndarray, np.ndarray]],
+  train_labels: np.ndarray,
+  test_labels: np.ndarray,
+  *,
+  normalizations: Sequence[str],
+  epochs: Sequence[int],
+  batch_sizes: Sequence[int],
+  learning_rates: Sequence[float],
+  num_classes: int,
+  seed: int,
+  weight_decay: float = 0.0,
+) -> list[Row]:
+  """Test accuracy of every recipe, to see how much a recipe decides.
+
+  The best row is chosen by test labels, hence no result to report: for that,
+  use `fast_probe`.
+
+  Args:
+    features: {name, such as "cls" or "mean": (train (N, D), test (M, D))}.
+    train_labels: (N,) int, in [0, num_classes).
+    test_labels: (M,) int.
+    normalizations: of `normalize`.
+    epochs: each a number of passes.
+    batch_sizes: each clipped to N, and then tried once.
+    learning_rates: per 256 images; trained side by side.
+    num_classes: number of classes.
+    seed: of the order.
+    weight_decay: of all.
+
+  Returns:
+    The whole product, the last argument running fastest.
+  """
+  batch_sizes = dict.fromkeys(min(b, len(train_labels)) for b in batch_sizes)
+  rows = []
+  for name, kind in itertools.product(features, normalizations):
+    train, test = normalize(*features[name], kind)
+    for length, batch_size in itertools.product(epochs, batch_sizes):
+      probes = train_probes(
+        train,
+        train_labels,
+        learning_rates=learning_rates,
+        weight_decays=[weight_decay] * len(learning_rates),
+        num_classes=num_classes,
+        epochs=length,
+        batch_size=batch_size,
+        seed=seed,
+      )
+      for rate, scores in zip(learning_rates, probes.scores(test)):
+        accuracy = classification.top_k_accuracy(scores, test_labels, 1)
+        rows.append(Row(name, kind, length, batch_size, rate, accuracy))
+  return rows
