@@ -2,6 +2,8 @@ r"""U-MAE ViT-Ti/2 on CIFAR-10, as its authors ran it; and a small CPU run.
 
   python -m umae_jax.main --config=configs/cifar10.py --workdir=runs/cifar10
   python -m umae_jax.main --config=configs/cifar10.py:small --workdir=runs/small
+  python -m umae_jax.main --config=configs/cifar10.py:small_linear_probe \
+      --config.pretrained=runs/small --workdir=runs/small_linear
 
 Cost:    not measured yet; `small`: 23 minutes of one busy CPU core.
 Result:  not measured yet; `small`: see the README's table.
@@ -16,13 +18,17 @@ import ml_collections
 
 from umae_jax import config
 
-VARIANTS = ("vit_ti2", "small", "smoke")
+VARIANTS = (
+  *("vit_ti2", "vit_ti2_linear_probe", "vit_ti2_finetune"),
+  *("small", "small_linear_probe", "small_finetune", "smoke"),
+)
 
 
 def get_config(variant: str = "vit_ti2") -> ml_collections.ConfigDict:
   """Returns the config of one variant of VARIANTS."""
   if variant not in VARIANTS:
     raise ValueError(f"variant={variant!r} is not one of {VARIANTS}.")
+  variant, recipe = config.split_variant(variant)
   c = config.defaults()
   c.batch_size = 4096
   c.num_epochs = 2000.0
@@ -62,6 +68,19 @@ def get_config(variant: str = "vit_ti2") -> ml_collections.ConfigDict:
     c.evaluation.every_epochs = 1.0
     c.evaluation.train_images = 10_000
     c.checkpoint.every_steps = 200
+  recipe(c)  # Of the linear probe or the fine-tuning, if asked for.
+  if variant == "small" and c.task == "linear_probe":
+    c.batch_size = 2000
+    c.num_epochs = 10.0
+    c.optimizer.base_lr = 1.0
+    c.optimizer.warmup_epochs = 1.0
+    c.data.crop_scale = (0.5, 1.0)
+  if variant == "small" and c.task == "finetune":
+    c.batch_size = 256
+    c.num_epochs = 5.0
+    c.optimizer.base_lr = 1e-3
+    c.optimizer.warmup_epochs = 1.0
+    c.data.crop_scale = (0.5, 1.0)
   if variant == "smoke":  # Checks the wiring only; made images.
     c.batch_size = 32
     c.num_epochs = 1.0

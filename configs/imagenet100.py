@@ -5,6 +5,9 @@ r"""U-MAE ViT-B/16 on ImageNet-100, the usual 100 classes of ImageNet-1k.
   python -m umae_jax.main --config=configs/imagenet100.py --workdir=runs/in100 \
       --config.data.name=folder --config.data.directory=/data/imagenet \
       --config.data.eval_split=val
+  python -m umae_jax.main --workdir=runs/in100_linear \
+      --config=configs/imagenet100.py:vit_b16_linear_probe \
+      --config.pretrained=runs/in100
 
 Cost:    not measured yet.
 Result:  not measured yet; third-party linear probes: MAE 58.0 %, U-MAE 69.5 %.
@@ -16,13 +19,14 @@ import ml_collections
 
 from umae_jax import config
 
-VARIANTS = ("vit_b16", "smoke")
+VARIANTS = ("vit_b16", "vit_b16_linear_probe", "vit_b16_finetune", "smoke")
 
 
 def get_config(variant: str = "vit_b16") -> ml_collections.ConfigDict:
   """Returns the config of one variant of VARIANTS."""
   if variant not in VARIANTS:
     raise ValueError(f"variant={variant!r} is not one of {VARIANTS}.")
+  variant, recipe = config.split_variant(variant)
   c = config.defaults()
   c.batch_size = 1024
   c.num_epochs = 200.0
@@ -38,6 +42,7 @@ def get_config(variant: str = "vit_b16") -> ml_collections.ConfigDict:
   c.optimizer.base_lr = 1.5e-4
   c.optimizer.warmup_epochs = 40.0
 
+  recipe(c)  # Of the linear probe or the fine-tuning, if asked for.
   if variant == "smoke":  # Checks the wiring only; made images, tiny model.
     c.batch_size = 16
     c.num_epochs = 0.5

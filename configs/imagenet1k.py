@@ -7,6 +7,11 @@ r"""U-MAE on ImageNet-1k: the paper's main setting.
   python -m umae_jax.main --config=configs/imagenet1k.py --workdir=runs/b16 \
       --config.data.name=folder --config.data.directory=/data/imagenet \
       --config.data.eval_split=val
+  # Its evaluation, with MAE's recipes; or the weights that Meta published.
+  python -m umae_jax.main --config=configs/imagenet1k.py:vit_b16_linear_probe \
+      --config.pretrained=runs/vit_b16 --workdir=runs/vit_b16_linear
+  python -m umae_jax.main --config=configs/imagenet1k.py:vit_b16_finetune \
+      --config.pretrained=mae_pretrain_vit_base.pth --workdir=runs/vit_b16_fine
 
 Cost:    not measured yet.
 Result:  not measured yet; the paper's linear probe of ViT-B/16 is 58.5 %.
@@ -21,13 +26,20 @@ import ml_collections
 
 from umae_jax import config
 
-VARIANTS = ("vit_b16", "vit_l16", "vit_h14", "smoke")
+MODELS = ("vit_b16", "vit_l16", "vit_h14")
+VARIANTS = (
+  *MODELS,
+  *(f"{model}_linear_probe" for model in MODELS),
+  *(f"{model}_finetune" for model in MODELS),
+  "smoke",
+)
 
 
 def get_config(variant: str = "vit_b16") -> ml_collections.ConfigDict:
   """Returns the config of one variant of VARIANTS."""
   if variant not in VARIANTS:
     raise ValueError(f"variant={variant!r} is not one of {VARIANTS}.")
+  variant, recipe = config.split_variant(variant)
   c = config.defaults()
   c.batch_size = 1024
   c.num_epochs = 200.0
@@ -55,6 +67,7 @@ def get_config(variant: str = "vit_b16") -> ml_collections.ConfigDict:
     c.model.update(config.MODELS[variant[:5]])
   if variant == "vit_h14":
     c.model.patch_size = 14
+  recipe(c)  # Of the linear probe or the fine-tuning, if asked for.
   if variant == "smoke":  # Checks the wiring only; made images, tiny model.
     c.batch_size = 16
     c.num_epochs = 0.5

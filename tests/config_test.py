@@ -28,6 +28,8 @@ CASES = [(file, variant) for file in FILES for variant in load(file).VARIANTS]
 )
 def test_every_config_is_valid_and_has_every_key(file, variant):
   config = load(file).get_config(variant)
+  if config.task == "linear_probe":
+    config.pretrained = "runs/some"
   validation.validate(config, num_devices=8)
   assert set(config_lib.flatten(config)) == set(
     config_lib.flatten(config_lib.defaults())
@@ -100,6 +102,30 @@ def test_a_plan_without_a_step_is_refused(changes, message):
   config.update(changes)
   with pytest.raises(UserError, match=message):
     config_lib.plan(config, 1400)
+
+
+def test_only_evaluating_has_no_step_whatever_the_batch():
+  config = load(DIGITS).get_config("linear_probe")
+  assert config_lib.trains(config)
+  config.probe.mode = "fast"
+  config.batch_size = 4096
+  assert config_lib.plan(config, 100).total_steps == 0
+
+
+@pytest.mark.parametrize(
+  "variant, base, recipe",
+  [
+    ("vit_b16", "vit_b16", None),
+    ("vit_b16_finetune", "vit_b16", "finetune"),
+    ("small_linear_probe", "small", "linear_probe"),
+  ],
+)
+def test_variants_name_a_recipe(variant, base, recipe):
+  got, function = config_lib.split_variant(variant)
+  assert got == base
+  c = config_lib.defaults()
+  function(c)
+  assert c.task == (recipe or "pretrain")
 
 
 def test_unknown_keys_of_a_locked_config_are_refused():

@@ -1,5 +1,6 @@
 """Test session set-up: eight fake CPU devices, strict numerics."""
 
+import importlib.util
 import os
 import pathlib
 
@@ -23,3 +24,17 @@ def shared():
   if not folder.exists():
     pytest.skip("needs ../shared (data sets that are not in the repository)")
   return folder
+
+
+@pytest.fixture(scope="session")
+def load_config():
+  """Returns (name, variant) -> the configuration of configs/<name>.py."""
+
+  def load(name, variant):
+    file = REPOSITORY / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant)
+
+  return load

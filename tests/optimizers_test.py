@@ -133,7 +133,7 @@ def vit_tree(depth):
 
 
 def test_layer_scales_of_vit_b_are_the_published_ones():
-  """0.65 to the power of 13 at the bottom, 12 at block 0, ..., 1 at block 11."""
+  """0.65 to the power of 13 at the bottom, 12 at block 0, 1 at block 11."""
   scales = optimizers.layer_scales(vit_tree(12), 0.65)
   for name in ("cls_token", "pos_embed"):
     np.testing.assert_allclose(scales["encoder"][name], 0.65**13, rtol=1e-6)

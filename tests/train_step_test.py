@@ -233,3 +233,97 @@ def test_the_step_donates_the_state():
   step = train_step.make_train_step(objective, SGD, mesh, layout, seed=0)
   step(state, sharding.to_global(np.ones((8, 1), np.float32), mesh))
   assert all(x.is_deleted() for x in jax.tree.leaves(state))
+
+
+def follow_run(num_devices, micro_batches):
+  """Two steps of a weight beside a frozen tree and a running average."""
+  objective = train_step.Objective(
+    lambda key, batch: batch,
+    lambda params, batch: (batch * params["constant"]).mean(),
+    lambda params, batch, mean: (
+      jnp.square(batch * params["w"] - params["constant"] - mean).mean(),
+      {},
+    ),
+    frozen=("constant", "average"),
+    follow=lambda params, mean: {
+      "average": 0.5 * params["average"] + 0.5 * mean * params["w"]
+    },
+  )
+
+  def init(key, given):
+    del key
+    return given | {"w": jnp.ones(()), "average": jnp.zeros(())}
+
+  mesh = sharding.make_mesh(devices=jax.devices()[:num_devices])
+  given = {"constant": np.float32(3)}
+  arguments = (jax.random.key(0), mesh, objective.frozen, given)
+  state = train_step.init_state(init, SGD, *arguments)
+  shapes = train_step.abstract_state(init, SGD, *arguments)
+  assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, shapes)
+  layout = jax.tree.map(lambda x: x.sharding, state)
+  step = train_step.make_train_step(
+    objective, SGD, mesh, layout, seed=0, micro_batches=micro_batches
+  )
+  for batch in np.arange(16, dtype=np.float32).reshape(2, 8, 1) / 8:
+    state, _ = step(state, sharding.to_global(batch, mesh))
+  return jax.device_get(state)
+
+
+@pytest.mark.parametrize("num_devices, micro_batches", [(1, 1), (2, 4)])
+def test_frozen_parameters_follow_or_stay(num_devices, micro_batches):
+  """The average uses the updated weight and the whole batch's statistics."""
+  state = follow_run(num_devices, micro_batches)
+  w, trace, average = 1.0, 0.0, 0.0
+  for batch in np.arange(16).reshape(2, 8) / 8:
+    mean = 3 * batch.mean()
+    gradient = (2 * (batch * w - 3 - mean) * batch).mean()
+    trace = 0.9 * trace + gradient
+    w -= 0.1 * trace
+    average = 0.5 * average + 0.5 * mean * w
+  np.testing.assert_allclose(state.params["w"], w, rtol=1e-5)
+  np.testing.assert_allclose(state.params["average"], average, rtol=1e-5)
+  assert state.params["constant"] == 3
+  # Nothing is kept for what is not trained.
+  assert set(state.opt_state[0].trace) == {"w"}
+
+
+def test_a_skipped_step_leaves_averages_alone():
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  objective = train_step.Objective(
+    lambda key, batch: batch,
+    None,
+    lambda params, batch, _: ((batch * params["w"]).mean(), {}),
+    frozen=("average",),
+    follow=lambda params, _: {"average": params["average"] + 1},
+  )
+  state = train_step.init_state(
+    lambda key: {"w": jnp.ones(()), "average": jnp.zeros(())},
+    *(SGD, jax.random.key(0), mesh, objective.frozen),
+  )
+  layout = jax.tree.map(lambda x: x.sharding, state)
+  step = train_step.make_train_step(objective, SGD, mesh, layout, seed=0)
+  for value in (1.0, np.nan, 1.0):
+    state, _ = step(state, sharding.to_global(np.full((1, 1), value), mesh))
+  assert state.params["average"] == 2
+
+
+def test_frozen_bits_do_not_change():
+  """Adding a zero update would turn -0 into 0, and NaN into another NaN."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  given = {"frozen": np.array([-0.0, 1e-45, np.nan], np.float32)}
+  objective = train_step.Objective(
+    lambda key, batch: batch,
+    None,
+    lambda params, batch, _: ((batch * params["w"]).mean(), {}),
+    frozen=("frozen",),
+  )
+  state = train_step.init_state(
+    lambda key, given: given | {"w": jnp.ones(())},
+    *(SGD, jax.random.key(0), mesh, objective.frozen, given),
+  )
+  layout = jax.tree.map(lambda x: x.sharding, state)
+  step = train_step.make_train_step(objective, SGD, mesh, layout, seed=0)
+  state, _ = step(state, sharding.to_global(np.ones((1, 1), np.float32), mesh))
+  assert np.asarray(state.params["frozen"]).tobytes() == (
+    given["frozen"].tobytes()
+  )

@@ -21,7 +21,19 @@ DIGITS = REPOSITORY / "configs" / "digits.py"
 @pytest.mark.parametrize(
   "key, value, message",
   [
-    ("task", "train", "config.task='train' is not a task"),
+    ("task", "train", "config.task='train' is not one of 'pretrain', 'linear"),
+    ("task", "linear_probe", "needs an encoder: set --config.pretrained to"),
+    ("task", "features", "needs an encoder: set --config.pretrained to"),
+    ("pretrained", "a.pth", "'a.pth' has no use in config.task='pretrain'"),
+    ("num_epochs", 0.0, "num_epochs=0 must be greater than 0; only"),
+    ("probe.mode", "slow", "probe.mode='slow' is not one of 'train', 'fast'"),
+    ("probe.learning_rates", (), r"learning_rates=\(\) must hold one number"),
+    ("probe.weight_decays", (-1.0,), r"weight_decays=\(-1.0,\) .* 0 or more"),
+    ("probe.shots", (1.5,), r"shots=\(1.5,\) must be positive integers"),
+    ("classifier.pool", "max", "pool='max' is not one of 'mean', 'cls'"),
+    ("classifier.drop_path", 1.0, r"drop_path=1.0 must lie in \[0, 1\)"),
+    ("classifier.random_erasing", 1.5, "random_erasing=1.5 must be at most 1"),
+    ("data.rand_augment", 11.0, r"rand_augment=11.0 must lie in \[0, 10\]"),
     ("batch_size", 100, r"batch_size=100 \(global\).*multiple of 16"),
     ("batch_size", 0, "batch_size=0 must be greater than 0"),
     ("micro_batches", 3, "micro_batches=3; use a multiple of 48"),
@@ -36,7 +48,7 @@ DIGITS = REPOSITORY / "configs" / "digits.py"
     ("data.eval_fraction", 1.0, r"eval_fraction=1.0 .*\(0, 1\)"),
     ("model.width", 66, "width=66 .*num_heads=4; use a multiple of 4"),
     ("model.decoder_num_heads", 3, "decoder_width=32 .*decoder_num_heads=3"),
-    ("model.dtype", "float16", "dtype='float16' is not one of"),
+    ("model.dtype", "float16", "dtype='float16' is not one of 'auto'"),
     ("loss.mask_ratio", 0.0, "mask_ratio=0.0 leaves 16 of 16"),
     ("loss.mask_ratio", 0.95, "mask_ratio=0.95 leaves 0 of 16"),
     ("loss.uniformity_weight", float("nan"), "uniformity_weight=nan"),
@@ -97,4 +109,16 @@ def test_a_missing_key_is_named():
 def test_an_integer_will_do_for_a_float():
   config = load(DIGITS).get_config()
   config.num_epochs = 100
+  validation.validate(config, num_devices=1)
+
+
+def test_fine_tuning_may_only_evaluate():
+  config = load(DIGITS).get_config("finetune")
+  config.num_epochs = 0.0
+  validation.validate(config, num_devices=1)
+
+
+def test_mask_ratio_matters_to_pretraining_alone():
+  config = load(DIGITS).get_config("finetune")
+  config.loss.mask_ratio = 0.99
   validation.validate(config, num_devices=1)

@@ -1,5 +1,6 @@
 """The keys of a run's configuration: defaults, and numbers derived."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import ml_collections
@@ -22,13 +23,16 @@ FREE_KEYS = ("checkpoint.", "mesh.", "data.directory", "data.max_unreadable")
 def defaults() -> ml_collections.ConfigDict:
   """Every key there is, with the values of the paper's ImageNet recipe."""
   c = ml_collections.ConfigDict()
-  c.task = "pretrain"
+  c.task = "pretrain"  # Or "linear_probe", "finetune", "features".
+  c.pretrained = ""  # Weights to start from: a run, a file, hf://..., https://.
   c.seed = 0  # Of parameters, data order, augmentation and masks.
   c.batch_size = 1024  # Global, images per step.
   c.micro_batches = 1  # Gradient accumulation; the result does not change.
   c.num_epochs = 200.0
   c.data = _data()
   c.model = _model()
+  c.probe = _probe()
+  c.classifier = _classifier()
 
   c.loss = ml_collections.ConfigDict()
   c.loss.mask_ratio = 0.75  # Fraction of the patches removed.
@@ -48,8 +52,8 @@ def defaults() -> ml_collections.ConfigDict:
 
   c.evaluation = ml_collections.ConfigDict()
   c.evaluation.every_epochs = 10.0  # And at the end; 0 = only at the end.
-  c.evaluation.train_images = 20_000  # That the probes learn from, at most.
-  c.evaluation.test_images = 10_000  # That they are tested on, at most.
+  c.evaluation.train_images = 20_000  # The probes learn from, at most; 0 = all.
+  c.evaluation.test_images = 0  # That are tested on, at most; 0 = all.
   c.evaluation.knn_k = 20
   c.evaluation.knn_temperature = 0.07
 
@@ -79,6 +83,7 @@ def _data() -> ml_collections.ConfigDict:
   c.std = (0.229, 0.224, 0.225)
   c.crop_scale = (0.2, 1.0)  # Area of the random crop; () = no crop.
   c.flip = True  # Left-right, half of the time.
+  c.rand_augment = 0.0  # Magnitude, of 10; 0 = none. MAE's fine-tuning: 9.
   c.shuffle_buffer = 16_384  # Encoded examples in memory; TFDS only.
   c.max_unreadable = 0.001  # Fraction of the set; more stops the run.
   return c
@@ -95,6 +100,89 @@ def _model() -> ml_collections.ConfigDict:
   c.decoder_num_heads = 16
   c.dtype = "auto"  # bfloat16 on TPU and GPU, float32 on CPU.
   return c
+
+
+def _probe() -> ml_collections.ConfigDict:
+  """`config.probe`: of the tasks linear_probe and features."""
+  c = ml_collections.ConfigDict()
+  # "train": the reference's, on augmented images; "fast": features are made
+  # once, then all the probes are fitted to them; "sweep": over recipes.
+  c.mode = "train"
+  c.feature = "cls"  # Class token, or "mean" of the patch tokens.
+  # Of "fast" and "sweep", which try all of them; per 256 images.
+  c.learning_rates = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+  c.weight_decays = (0.0, 1e-4)
+  c.epochs = (90,)  # The first is that of "fast"; "sweep" takes all.
+  c.batch_sizes = (1024,)  # Likewise.
+  c.shots = (1, 5, 10)  # Labelled images per class; () = no few-shot probe.
+  c.draws = 10  # Of these images; the figures are their mean and deviation.
+  return c
+
+
+def _classifier() -> ml_collections.ConfigDict:
+  """`config.classifier`: of the task finetune."""
+  c = ml_collections.ConfigDict()
+  c.pool = "mean"  # Of the patch tokens, then LayerNorm; or "cls".
+  c.layer_decay = 0.65  # Of the learning rate, per layer downwards.
+  c.drop_path = 0.1  # Rate of the last block; 0 at the first.
+  c.label_smoothing = 0.1
+  c.mixup = 0.8  # Parameter of its Beta distribution; 0 = none.
+  c.cutmix = 1.0  # Likewise; with both, one or the other for each image.
+  c.random_erasing = 0.25  # Probability.
+  c.ema_decay = 0.0  # Of averaged parameters, then evaluated; 0 = none.
+  return c
+
+
+def linear_probe(c: ml_collections.ConfigDict) -> None:
+  """Makes a pretraining's configuration MAE's linear probe of its encoder."""
+  c.task = "linear_probe"
+  c.batch_size = 16_384
+  c.num_epochs = 90.0
+  c.data.crop_scale = (0.08, 1.0)
+  c.optimizer.base_lr = 0.1
+  c.optimizer.warmup_epochs = 10.0
+  c.optimizer.weight_decay = 0.0
+  c.evaluation.train_images = 0
+
+
+def finetune(c: ml_collections.ConfigDict) -> None:
+  """Makes a pretraining's configuration MAE's fine-tuning of its encoder.
+
+  The encoder in `config.model` decides what differs between B, L and H.
+  """
+  large, huge = (
+    c.model.width >= MODELS[k]["width"] for k in ("vit_l", "vit_h")
+  )
+  c.task = "finetune"
+  c.batch_size = 1024
+  c.num_epochs = 50.0 if large else 100.0
+  c.data.crop_scale = (0.08, 1.0)
+  c.data.rand_augment = 9.0
+  c.classifier.layer_decay = 0.75 if large else 0.65
+  c.classifier.drop_path = 0.3 if huge else 0.2 if large else 0.1
+  c.optimizer.base_lr = 1e-3 if large else 5e-4
+  c.optimizer.min_lr = 1e-6
+  c.optimizer.warmup_epochs = 5.0
+  c.optimizer.b2 = 0.999
+  c.optimizer.weight_decay = 0.05
+
+
+def split_variant(
+  variant: str,
+) -> tuple[str, Callable[[ml_collections.ConfigDict], None]]:
+  """("vit_b16", `finetune`) of "vit_b16_finetune"; without one, no change."""
+  for recipe in (linear_probe, finetune):
+    base = variant.removesuffix(f"_{recipe.__name__}")
+    if base != variant:
+      return base, recipe
+  return variant, lambda c: None
+
+
+def trains(config: ml_collections.ConfigDict) -> bool:
+  """Whether the run takes steps, or only evaluates what it starts from."""
+  if config.task == "features" or config.num_epochs == 0:
+    return False
+  return config.task != "linear_probe" or config.probe.mode == "train"
 
 
 class Plan(NamedTuple):
@@ -119,8 +207,11 @@ def plan(config: ml_collections.ConfigDict, num_examples: int) -> Plan:
   """Derives the numbers of a run on `num_examples` = N training images.
 
   Raises:
-    UserError: the data are fewer than a batch, or the run has no step.
+    UserError: the data are fewer than a batch, or the run has no step though
+      it trains.
   """
+  if not trains(config):
+    return Plan(0, 0, 0, 1, 0.0)
   steps_per_epoch = num_examples // config.batch_size
   if steps_per_epoch < 1:
     raise UserError(

@@ -2,13 +2,8 @@
 
 import contextlib
 import functools
-import pathlib
-from typing import NamedTuple
-import zlib
 
 import jax
-from jax.sharding import Mesh
-import ml_collections
 
 from umae_jax import (
   UserError,
@@ -16,80 +11,13 @@ from umae_jax import (
   metrics,
   sharding,
   train_step,
-  validation,
   workdir,
 )
-from umae_jax import config as config_lib
 from umae_jax.analysis import pictures
-from umae_jax.data import pipeline, sources
-from umae_jax.tasks import Task, pretrain
+from umae_jax.data import pipeline
+from umae_jax.run import Run, conclude, describe
 
-TASKS = {"pretrain": pretrain.make}
 MAX_SKIPS = 5  # Steps in a row that may be skipped before the run stops.
-
-
-class Run(NamedTuple):
-  """A run that has been validated and may start."""
-
-  config: ml_collections.ConfigDict
-  identity: dict[str, object]  # Flat configuration, and the data found.
-  plan: config_lib.Plan
-  mesh: Mesh
-  directory: pathlib.Path
-  train_source: sources.Source
-  task: Task
-
-
-def prepare(
-  config: ml_collections.ConfigDict,
-  directory: str,
-  *,
-  allow_config_change: bool = False,
-) -> Run:
-  """Checks everything that can be checked before the first compilation.
-
-  Writes nothing.
-
-  Raises:
-    UserError: a bad key, missing data, or a work directory of another run.
-  """
-  validation.validate(
-    config,
-    num_devices=jax.device_count(),
-    num_processes=jax.process_count(),
-  )
-  data = config.data
-  train_source, eval_source = (
-    sources.open_source(
-      data.name,
-      split,
-      directory=data.directory,
-      eval_fraction=data.eval_fraction,
-      classes=data.classes,
-      image_size=tuple(data.image_size),
-      channels=data.channels,
-    )
-    for split in (data.train_split, data.eval_split)
-  )
-  for source in (train_source, eval_source):
-    source.check(config.batch_size, jax.process_count())
-  plan = config_lib.plan(config, train_source.num_examples)
-  identity = config_lib.flatten(config) | {
-    "found.train_images": train_source.num_examples,
-    "found.eval_images": eval_source.num_examples,
-    "found.classes": zlib.crc32("\n".join(train_source.class_names).encode()),
-  }
-  path = workdir.local_path(directory)
-  workdir.check(
-    path,
-    identity,
-    free_keys=config_lib.FREE_KEYS,
-    allow_change=allow_config_change,
-  )
-  sharding.synchronize("prepared")  # Before the first one writes.
-  mesh = sharding.make_mesh(config.mesh.fsdp)
-  task = TASKS[config.task](config, plan, mesh, train_source, eval_source)
-  return Run(config, identity, plan, mesh, path, train_source, task)
 
 
 def train(run: Run) -> bool:
@@ -104,9 +32,15 @@ def train(run: Run) -> bool:
     UserError: checkpoints or images that cannot be read.
   """
   first = jax.process_index() == 0
+  steps = run.plan.total_steps
   with contextlib.ExitStack() as stack:
     if first:
       stack.enter_context(workdir.lock(run.directory))
+    if steps == 0 and (run.directory / workdir.SUMMARY).exists():
+      sharding.synchronize("found finished")
+      if first:
+        conclude(run)
+      return True
     checkpoints = stack.enter_context(
       checkpoint.open_checkpoints(
         run.directory / workdir.CHECKPOINTS,
@@ -125,9 +59,9 @@ def train(run: Run) -> bool:
         )
       )
     )
-    finished = start == run.plan.total_steps or run_steps(
-      run, state, start, checkpoints, log
-    )
+    if steps == 0:
+      evaluate_and_draw(run, state.params, 0, log)
+    finished = start == steps or run_steps(run, state, start, checkpoints, log)
   if finished and first:
     conclude(run)
   return finished
@@ -136,7 +70,9 @@ def train(run: Run) -> bool:
 def restore_or_init(run, checkpoints):
   """(state, its step): the newest good checkpoint's, or a new one."""
   key = jax.random.key(run.config.seed)
-  arguments = (run.task.init, run.task.optimizer, key, run.mesh)
+  task = run.task
+  arguments = (task.init, task.optimizer, key, run.mesh)
+  arguments = (*arguments, task.objective.frozen, task.given)
   restored = checkpoints.restore_newest(train_step.abstract_state(*arguments))
   if restored is None:
     if (run.directory / workdir.SUMMARY).exists():
@@ -215,6 +151,7 @@ def train_batches(run, start):
     channels=data.channels,
     crop_scale=tuple(data.crop_scale),
     flip=data.flip,
+    rand_augment=data.rand_augment,
     shuffle_buffer=data.shuffle_buffer,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
@@ -252,49 +189,20 @@ def require_finite(step, scalars, checkpoints):
 
 
 def evaluate_and_draw(run, params, step, log):
-  """Evaluates, logs, and brings the pictures up to date."""
-  scalars, drawings = run.task.evaluate(params)
-  log.write(step, "eval", scalars)
+  """Evaluates, logs, and brings the pictures and files up to date."""
+  evaluation = run.task.evaluate(params)
+  log.write(step, "eval", evaluation.scalars)
   if jax.process_index() != 0:
     return
-  records = metrics.read_log(run.directory / workdir.METRICS)
-  curves = functools.partial(pictures.curves, records)
-  for name, draw in (drawings | {"curves": curves}).items():
+  drawings = dict(evaluation.pictures)
+  if run.plan.total_steps:
+    records = metrics.read_log(run.directory / workdir.METRICS)
+    drawings["curves"] = functools.partial(pictures.curves, records)
+  for name, draw in drawings.items():
     log.image(step, name, draw(run.directory / f"{name}.png"))
-  shown = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
-  print(f"evaluation at step {step}: {shown}", flush=True)
-
-
-def describe(run, state, start):
-  """Prints the configuration, the parameters and what is about to happen."""
-  rows = [(key, str(x)) for key, x in config_lib.flatten(run.config).items()]
-  print(metrics.format_table(rows, ("config", "value")), end="\n\n")
-  print(metrics.parameter_table(state.params), end="\n\n")
-  plan, devices = run.plan, run.mesh.devices
-  print(
-    f"{run.train_source.num_examples} images, {plan.steps_per_epoch} steps an "
-    f"epoch, {plan.total_steps} in all; peak rate {plan.learning_rate:.4g}; "
-    f"{devices.size} x {devices.flat[0].device_kind}; "
-    + (f"resuming after step {start}." if start else "starting afresh."),
-    flush=True,
-  )
-
-
-def conclude(run):
-  """Writes summary.json and prints the closing table, from the log."""
-  records = metrics.read_log(run.directory / workdir.METRICS)
-  evaluations = [record for record in records if record["split"] == "eval"]
-  if not evaluations:
-    raise UserError(
-      f"The run in {run.directory} is finished, but {workdir.METRICS} holds no "
-      "evaluation any more; restore that file to get the closing table."
-    )
-  last = evaluations[-1]
-  summary = {key: x for key, x in last.items() if key != "split"}
-  workdir.write_json(run.directory / workdir.SUMMARY, summary)
-  rows = [
-    (key, f"{x:.4f}" if isinstance(x, float) else str(x))
-    for key, x in summary.items()
-  ]
-  print(metrics.format_table(rows, ("finished", "value")))
-  print(f"The run in {run.directory} is finished.", flush=True)
+  for name, write in evaluation.files.items():
+    workdir.write_file(run.directory / name, write)
+  shown = [f"{key} {x:.4g}" for key, x in evaluation.scalars.items()]
+  print(f"evaluation at step {step}: {', '.join(shown)}", flush=True)
+  if evaluation.table:
+    print(f"\n{evaluation.table}\n", flush=True)

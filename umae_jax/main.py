@@ -61,14 +61,14 @@ def main(argv: list[str]) -> int:
   try:
     connect()
     # Imported late: a wrong flag should not wait for it.
-    from umae_jax import loop
+    from umae_jax import loop, run
 
-    run = loop.prepare(
+    prepared = run.prepare(
       _CONFIG.value,
       _WORKDIR.value,
       allow_config_change=_ALLOW_CONFIG_CHANGE.value,
     )
-    return 0 if loop.train(run) else EXIT_PREEMPTED
+    return 0 if loop.train(prepared) else EXIT_PREEMPTED
   except UserError as error:
     return fail(error)
   except (FloatingPointError, OSError) as error:

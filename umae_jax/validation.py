@@ -5,7 +5,7 @@ import math
 import ml_collections
 
 from umae_jax import UserError
-from umae_jax.config import defaults, flatten
+from umae_jax.config import defaults, flatten, trains
 
 # All other numbers are greater than 0.
 _MAY_BE_ZERO = {
@@ -18,8 +18,33 @@ _MAY_BE_ZERO = {
   "optimizer.b1",
   "optimizer.b2",
   "evaluation.every_epochs",
+  "evaluation.train_images",
+  "evaluation.test_images",
+  "num_epochs",
+  "data.rand_augment",
+  "classifier.drop_path",
+  "classifier.label_smoothing",
+  "classifier.mixup",
+  "classifier.cutmix",
+  "classifier.random_erasing",
+  "classifier.ema_decay",
   "checkpoint.keep_every_steps",
   "data.max_unreadable",
+}
+
+_BELOW_ONE = (
+  "optimizer.b1",
+  "optimizer.b2",
+  "classifier.drop_path",
+  "classifier.label_smoothing",
+  "classifier.ema_decay",
+)
+_CHOICES = {
+  "task": ("pretrain", "linear_probe", "finetune", "features"),
+  "probe.mode": ("train", "fast", "sweep"),
+  "probe.feature": ("cls", "mean"),
+  "classifier.pool": ("mean", "cls"),
+  "model.dtype": ("auto", "float32", "bfloat16"),
 }
 
 
@@ -37,11 +62,8 @@ def validate(
     UserError: names the key, its value, and what would be right.
   """
   _validate_keys(config)
-  _require(
-    config.task == "pretrain",
-    f"config.task={config.task!r} is not a task; there is 'pretrain'.",
-  )
   _validate_ranges(config)
+  _validate_task(config)
   _validate_batch(config, num_devices, num_processes)
   _validate_data(config.data)
   _validate_model(config)
@@ -85,11 +107,11 @@ def _validate_ranges(config):
       f"config.{key}={value} must be "
       f"{'0 or more' if may_be_zero else 'greater than 0'}.",
     )
-  for key in ("optimizer.b1", "optimizer.b2"):
+  for key in _BELOW_ONE:
     value = flatten(config)[key]
     _require(value < 1, f"config.{key}={value} must lie in [0, 1).")
   _require(
-    config.optimizer.warmup_epochs <= config.num_epochs,
+    config.optimizer.warmup_epochs <= config.num_epochs or not trains(config),
     f"config.optimizer.warmup_epochs={config.optimizer.warmup_epochs} is "
     f"longer than the run, config.num_epochs={config.num_epochs}.",
   )
@@ -97,6 +119,57 @@ def _validate_ranges(config):
     config.seed < 2**31,
     f"config.seed={config.seed} must be less than 2^31.",
   )
+
+
+def _validate_task(config):
+  """What the task needs besides; the options of probes and classifiers."""
+  flat = flatten(config)
+  for key, choices in _CHOICES.items():
+    _require(
+      flat[key] in choices,
+      f"config.{key}={flat[key]!r} is not one of "
+      f"{', '.join(map(repr, choices))}.",
+    )
+  needs_weights = config.task in ("linear_probe", "features")
+  _require(
+    config.pretrained or not needs_weights,
+    f"config.task={config.task!r} needs an encoder: set --config.pretrained to "
+    "the work directory of a pretraining, a .pth or .safetensors file, or "
+    "hf://owner/name.",
+  )
+  _require(
+    config.task != "pretrain" or not config.pretrained,
+    f"config.pretrained={config.pretrained!r} has no use in config.task="
+    "'pretrain', which starts afresh; set it to '', or the task to another.",
+  )
+  _require(
+    config.num_epochs > 0 or config.task == "finetune",
+    "config.num_epochs=0 must be greater than 0; only config.task='finetune' "
+    "may evaluate without training.",
+  )
+  probe = config.probe
+  for key in ("learning_rates", "weight_decays", "epochs", "batch_sizes"):
+    low = 0 if key == "weight_decays" else 1e-12
+    _require(
+      len(probe[key]) > 0 and min(probe[key]) >= low,
+      f"config.probe.{key}={probe[key]} must hold one number or more, each "
+      f"{'0 or more' if low == 0 else 'greater than 0'}.",
+    )
+  for key in ("epochs", "batch_sizes", "shots"):
+    _require(
+      all(x == int(x) and x > 0 for x in probe[key]),
+      f"config.probe.{key}={probe[key]} must be positive integers.",
+    )
+  _require(
+    config.data.rand_augment <= 10,
+    f"config.data.rand_augment={config.data.rand_augment} must lie in "
+    "[0, 10]. MAE's fine-tuning: 9.",
+  )
+  for key in ("layer_decay", "random_erasing"):
+    _require(
+      config.classifier[key] <= 1,
+      f"config.classifier.{key}={config.classifier[key]} must be at most 1.",
+    )
 
 
 def _validate_batch(config, num_devices, num_processes):
@@ -192,11 +265,8 @@ def _validate_model(config):
       f"config.model.{width_key}={width} cannot hold 2-D sine-cosine "
       "positions; use a multiple of 4.",
     )
-  _require(
-    model.dtype in ("auto", "float32", "bfloat16"),
-    f"config.model.dtype={model.dtype!r} is not one of 'auto', 'float32', "
-    "'bfloat16'.",
-  )
+  if config.task != "pretrain":  # Nothing is masked.
+    return
   height, width = config.data.image_size
   patches = height * width // patch**2
   ratio = config.loss.mask_ratio

@@ -1,13 +1,13 @@
 """The work directory: whose it is, and whether this run may go on in it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import fcntl
 import json
 import os
 import pathlib
 import shutil
-from typing import Any
+from typing import Any, BinaryIO
 
 from umae_jax import UserError
 
@@ -128,8 +128,20 @@ def local_path(directory: str) -> pathlib.Path:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes JSON atomically: the file is the old one or the new one."""
-  temporary = path.with_suffix(".json.tmp")
-  temporary.write_text(json.dumps(value, indent=2) + "\n")
+  text = json.dumps(value, indent=2) + "\n"
+  write_file(path, lambda file: file.write(text.encode()))
+
+
+def write_file(path: pathlib.Path, write: Callable[[BinaryIO], Any]) -> None:
+  """Writes a file atomically.
+
+  Args:
+    path: of the file, which is the old one until the new one is complete.
+    write: is called with the open binary file.
+  """
+  temporary = path.with_name(path.name + ".tmp")
+  with temporary.open("wb") as file:
+    write(file)
   temporary.replace(path)
 
 

@@ -11,7 +11,7 @@ from umae_jax import config as config_lib
 from umae_jax import losses, sharding, train_step
 from umae_jax.data import pipeline, sources
 from umae_jax.models import Output, patches
-from umae_jax.tasks import pretrain
+from umae_jax.tasks import inputs, pretrain
 
 DIGITS = pathlib.Path(__file__).parents[2] / "configs" / "digits.py"
 
@@ -35,12 +35,6 @@ def make(config, num_devices=8):
   )
   plan = config_lib.plan(config, train.num_examples)
   return pretrain.make(config, plan, mesh, train, test), mesh
-
-
-def test_normalize_maps_uint8_to_zero_mean_and_unit_deviation():
-  images = jnp.array([0, 255], jnp.uint8).reshape(1, 1, 1, 2)
-  got = pretrain.normalize(images, (0.5, 0.25), (0.5, 0.25))
-  np.testing.assert_allclose(got.ravel(), [-1, 3])
 
 
 def test_uniformity_weight_weighs_the_uniformity():
@@ -105,7 +99,7 @@ def test_held_out_losses_are_those_of_all_images_at_once(evaluated):
     source, batch_size=64, image_size=(8, 8), channels=1, limit=100
   )
   for number, batch in enumerate(batches):
-    x = pretrain.normalize(
+    x = inputs.normalize(
       jnp.asarray(batch["image"]), config.data.mean, config.data.std
     )
     noise = pretrain.evaluation_noise(model, x, config.seed, number)
@@ -138,7 +132,7 @@ def test_probes_see_whole_images(evaluated):
   (batch,) = pipeline.eval_batches(
     source, batch_size=100, image_size=(8, 8), channels=1, limit=100
   )
-  x = pretrain.normalize(
+  x = inputs.normalize(
     jnp.asarray(batch["image"]), config.data.mean, config.data.std
   )
   tokens = model.apply({"params": state.params}, x, method=model.encode)
@@ -177,14 +171,6 @@ def test_pictures_paste_nothing_and_undo_the_normalisation(normalize_pixels):
   np.testing.assert_allclose(predicted, original, atol=1e-3)
   grey = np.asarray(masked == 0.5).mean()
   np.testing.assert_allclose(grey, 0.5, atol=0.02)
-
-
-def test_auto_dtype_is_float32_on_a_cpu():
-  config = digits_config()
-  mesh = sharding.make_mesh()
-  assert pretrain.make_model(config, mesh).dtype == jnp.float32
-  config.model.dtype = "bfloat16"
-  assert pretrain.make_model(config, mesh).dtype == jnp.bfloat16
 
 
 def test_pictures_are_of_real_images_where_rows_are_padded(shared):

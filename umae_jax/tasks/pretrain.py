@@ -11,10 +11,10 @@ import numpy as np
 from umae_jax import config as config_lib
 from umae_jax import losses, models, optimizers, sharding
 from umae_jax.analysis import pictures, spectrum
-from umae_jax.data import pipeline, sources
-from umae_jax.evals import features, knn, linear
+from umae_jax.data import sources
+from umae_jax.evals import knn, linear
 from umae_jax.models import patches as patches_lib
-from umae_jax.tasks import Evaluation, Task
+from umae_jax.tasks import Evaluation, Task, inputs
 from umae_jax.train_step import Objective
 
 
@@ -62,20 +62,9 @@ def make(
 def make_model(
   config: ml_collections.ConfigDict, mesh: Mesh
 ) -> models.MaskedAutoencoder:
-  """The model; "auto" dtype is bfloat16 wherever the mesh is not of CPUs."""
-  fields = dict(config.model)
-  if fields["dtype"] == "auto":
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    fields["dtype"] = "float32" if on_cpu else "bfloat16"
-  fields["dtype"] = jnp.dtype(fields["dtype"])
-  return models.MaskedAutoencoder(**fields)
-
-
-def normalize(images: jax.Array, mean, std) -> jax.Array:
-  """(B, H, W, C) uint8 to float32, with given mean and deviation of [0, 1]."""
-  shape = (1, 1, 1, images.shape[-1])
-  mean, std = (jnp.asarray(x, jnp.float32).reshape(shape) for x in (mean, std))
-  return (images.astype(jnp.float32) / 255 - mean) / std
+  """The model, of `config.model`'s fields."""
+  dtype = inputs.compute_dtype(config, mesh)
+  return models.MaskedAutoencoder(**dict(config.model) | {"dtype": dtype})
 
 
 def make_objective(
@@ -103,7 +92,7 @@ def make_objective(
   def statistics(params, batch):
     tokens = model.apply(
       {"params": params},
-      normalize(batch["image"], mean, std),
+      inputs.normalize(batch["image"], mean, std),
       batch["noise"],
       mask_ratio,
       method=model.encode_visible,
@@ -111,7 +100,7 @@ def make_objective(
     return losses.second_moment(tokens[:, 0])
 
   def loss(params, batch, batch_moment):
-    images = normalize(batch["image"], mean, std)
+    images = inputs.normalize(batch["image"], mean, std)
     out = model.apply({"params": params}, images, batch["noise"], mask_ratio)
     reconstruction = losses.reconstruction_loss(
       images,
@@ -132,24 +121,15 @@ def make_objective(
 
 def make_evaluation(model, config, mesh, train_source, eval_source):
   """Returns params -> Evaluation, on the splits of the two sources."""
-  data, evaluation = config.data, config.evaluation
-  batches = functools.partial(
-    pipeline.eval_batches,
-    # No more at once than a training step has, though images are whole.
-    batch_size=config.batch_size // config.micro_batches,
-    image_size=tuple(data.image_size),
-    channels=data.channels,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
+  evaluation = config.evaluation
+  batches = inputs.make_batches(config)
   to_global = functools.partial(sharding.to_global, mesh=mesh)
   jit = functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-  encode = jit(
+  extract = inputs.make_extract(
     lambda params, images: model.apply(
-      {"params": params},
-      normalize(images, data.mean, data.std),
-      method=model.encode,
-    )[:, 0]
+      {"params": params}, images, method=model.encode
+    )[:, 0],
+    *(config, mesh),
   )
   held_out_losses = make_held_out_losses(model, config, jit)
 
@@ -158,10 +138,6 @@ def make_evaluation(model, config, mesh, train_source, eval_source):
     shown = jnp.argsort(~batch["mask"], stable=True)[: config.log.images]
     images = batch["image"][shown]
     return reconstructions(model, config, params, images), batch["mask"].sum()
-
-  def extract(params, source, limit):
-    encoder = functools.partial(encode, params)
-    return features.extract(encoder, batches(source, limit=limit), to_global)
 
   def evaluate(params):
     train = extract(params, train_source, evaluation.train_images)
@@ -223,7 +199,7 @@ def make_held_out_losses(model, config, jit):
 
   @jit
   def sums(params, batch, number):
-    images = normalize(batch["image"], config.data.mean, config.data.std)
+    images = inputs.normalize(batch["image"], config.data.mean, config.data.std)
     noise = evaluation_noise(model, images, config.seed, number)
     out = model.apply({"params": params}, images, noise, config.loss.mask_ratio)
     seen = batch["mask"].astype(jnp.float32)  # (B,), 0 for padding
@@ -264,7 +240,7 @@ def reconstructions(model, config, params, images):
   """
   mean, std = config.data.mean, config.data.std
   size, patch = images.shape[1:3], model.patch_size
-  x = normalize(images, mean, std)
+  x = inputs.normalize(images, mean, std)
   noise = evaluation_noise(model, x, config.seed, 0)
   out = model.apply({"params": params}, x, noise, config.loss.mask_ratio)
   prediction = out.prediction
