@@ -1,0 +1,41 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from umae_jax import UserError, sharding
+from umae_jax.tasks import inputs
+
+
+def test_normalize_maps_uint8_to_zero_mean_and_unit_deviation():
+  images = jnp.array([0, 255], jnp.uint8).reshape(1, 1, 1, 2)
+  got = inputs.normalize(images, (0.5, 0.25), (0.5, 0.25))
+  np.testing.assert_allclose(got.ravel(), [-1, 3])
+
+
+def test_auto_dtype_is_float32_on_a_cpu(config):
+  mesh = sharding.make_mesh()
+  assert inputs.compute_dtype(config, mesh) == jnp.float32
+  config.model.dtype = "bfloat16"
+  assert inputs.compute_dtype(config, mesh) == jnp.bfloat16
+
+
+def test_the_fingerprint_tells_weights_apart():
+  tree = {"a": np.arange(3.0), "b": [np.ones(2)]}
+  other = {"a": np.arange(3.0), "b": [np.ones(2) + 1e-7]}
+  assert inputs.fingerprint(tree) == inputs.fingerprint(dict(tree))
+  assert inputs.fingerprint(tree) != inputs.fingerprint(other)
+  assert inputs.fingerprint(None) == 0
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"model.patch_size": 4}, r"patch_size=4, there 8\. Set these keys"),
+    ({"data.channels": 1}, "data.channels=1, there 3"),
+    ({"pretrained": "/no/such/file.pth"}, "/no/such/file.pth"),
+  ],
+)
+def test_weights_of_another_encoder_are_refused(config, changes, message):
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(UserError, match=message):
+    inputs.load_pretrained(config, sharding.make_mesh())

@@ -1,0 +1,132 @@
+"""A run: what is checked before it starts, and what is said of it."""
+
+import pathlib
+from typing import NamedTuple
+import zlib
+
+import jax
+from jax.sharding import Mesh
+import ml_collections
+
+from umae_jax import (
+  UserError,
+  metrics,
+  sharding,
+  validation,
+  workdir,
+)
+from umae_jax import config as config_lib
+from umae_jax.data import sources
+from umae_jax.tasks import Task, finetune, frozen, linear_probe, pretrain
+
+TASKS = {
+  "pretrain": pretrain.make,
+  "linear_probe": linear_probe.make,
+  "finetune": finetune.make,
+  "features": frozen.make_features,
+}
+
+
+class Run(NamedTuple):
+  """A run that has been validated and may start."""
+
+  config: ml_collections.ConfigDict
+  identity: dict[str, object]  # Flat configuration, and the data found.
+  plan: config_lib.Plan
+  mesh: Mesh
+  directory: pathlib.Path
+  train_source: sources.Source
+  task: Task
+
+
+def prepare(
+  config: ml_collections.ConfigDict,
+  directory: str,
+  *,
+  allow_config_change: bool = False,
+) -> Run:
+  """Checks everything that can be checked before the first compilation.
+
+  Writes nothing.
+
+  Raises:
+    UserError: a bad key, missing data, or a work directory of another run.
+  """
+  validation.validate(
+    config,
+    num_devices=jax.device_count(),
+    num_processes=jax.process_count(),
+  )
+  data = config.data
+  train_source, eval_source = (
+    sources.open_source(
+      data.name,
+      split,
+      directory=data.directory,
+      eval_fraction=data.eval_fraction,
+      classes=data.classes,
+      image_size=tuple(data.image_size),
+      channels=data.channels,
+    )
+    for split in (data.train_split, data.eval_split)
+  )
+  for source in (train_source, eval_source):
+    source.check(config.batch_size, jax.process_count())
+  plan = config_lib.plan(config, train_source.num_examples)
+  mesh = sharding.make_mesh(config.mesh.fsdp)
+  task = TASKS[config.task](config, plan, mesh, train_source, eval_source)
+  identity = config_lib.flatten(config) | {
+    "found.train_images": train_source.num_examples,
+    "found.eval_images": eval_source.num_examples,
+    "found.classes": zlib.crc32("\n".join(train_source.class_names).encode()),
+  }
+  if task.given is not None:
+    identity["found.pretrained"] = task.fingerprint
+  path = workdir.local_path(directory)
+  workdir.check(
+    path,
+    identity,
+    free_keys=config_lib.FREE_KEYS,
+    allow_change=allow_config_change,
+  )
+  sharding.synchronize("prepared")  # Before the first one writes.
+  return Run(config, identity, plan, mesh, path, train_source, task)
+
+
+def describe(run, state, start):
+  """Prints the configuration, the parameters and what is about to happen."""
+  rows = [(key, str(x)) for key, x in config_lib.flatten(run.config).items()]
+  print(metrics.format_table(rows, ("config", "value")), end="\n\n")
+  print(metrics.parameter_table(state.params), end="\n\n")
+  plan, devices = run.plan, run.mesh.devices
+  hardware = f"{devices.size} x {devices.flat[0].device_kind}"
+  if plan.total_steps == 0:
+    print(f"No training, evaluation only; {hardware}.", flush=True)
+    return
+  print(
+    f"{run.train_source.num_examples} images, {plan.steps_per_epoch} steps an "
+    f"epoch, {plan.total_steps} in all; peak rate {plan.learning_rate:.4g}; "
+    f"{hardware}; "
+    + (f"resuming after step {start}." if start else "starting afresh."),
+    flush=True,
+  )
+
+
+def conclude(run):
+  """Writes summary.json and prints the closing table, from the log."""
+  records = metrics.read_log(run.directory / workdir.METRICS)
+  evaluations = [record for record in records if record["split"] == "eval"]
+  if not evaluations:
+    raise UserError(
+      f"The run in {run.directory} is finished, but {workdir.METRICS} holds no "
+      "evaluation any more; restore that file to get the closing table."
+    )
+  last = evaluations[-1]
+  summary = {key: x for key, x in last.items() if key != "split"}
+  workdir.write_json(run.directory / workdir.SUMMARY, summary)
+  rows = [
+    (key, f"{x:.4f}" if isinstance(x, float) else str(x))
+    for key, x in summary.items()
+  ]
+  print(metrics.format_table(rows, ("finished", "value")))
+  print(f"The run in {run.directory} is finished.", flush=True)

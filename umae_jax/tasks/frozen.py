@@ -1,0 +1,215 @@
+"""What takes no training step: features of a frozen encoder, probes on them."""
+
+from collections.abc import Sequence
+import csv
+import dataclasses
+import functools
+import io
+import itertools
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import ml_collections
+import numpy as np
+import optax
+
+from umae_jax import UserError, metrics
+from umae_jax import config as config_lib
+from umae_jax.analysis import spectrum
+from umae_jax.data import sources
+from umae_jax.evals import classification as measures
+from umae_jax.evals import few_shot, knn, linear, logistic
+from umae_jax.tasks import Evaluation, Task, classification, inputs
+from umae_jax.train_step import Objective
+
+FEATURES = ("cls", "mean")
+NORMALIZATIONS = ("none", "standardize", "l2")
+
+
+def make_features(
+  config: ml_collections.ConfigDict,
+  plan: config_lib.Plan,
+  mesh: Mesh,
+  train_source: sources.Source,
+  eval_source: sources.Source,
+) -> Task:
+  """Task "features": those of `config.data.eval_split`, in features.npz.
+
+  It holds "features" (N, D) float32, "labels" (N,) int32 and "class_names".
+  """
+  del plan, train_source
+  encode, params = load_encoder(config, mesh)
+
+  def evaluate(params):
+    limit = config.evaluation.test_images
+    found, labels = encode(params, eval_source, limit)
+    x = found[config.probe.feature]
+    values = spectrum.singular_values(x)
+    scalars = {
+      "images": len(x),
+      "width": x.shape[1],
+      "effective_rank": spectrum.effective_rank(values),
+    }
+    write = functools.partial(
+      np.savez,
+      features=x,
+      labels=labels,
+      class_names=np.array(eval_source.class_names),
+    )
+    return Evaluation(scalars, files={"features.npz": write})
+
+  return make_task(params, evaluate)
+
+
+def make_probes(
+  config: ml_collections.ConfigDict,
+  plan: config_lib.Plan,
+  mesh: Mesh,
+  train_source: sources.Source,
+  eval_source: sources.Source,
+) -> Task:
+  """Task "linear_probe", its modes "fast" and "sweep"."""
+  del plan
+  encode, params = load_encoder(config, mesh)
+  judge = {"fast": judge_all, "sweep": judge_recipes}[config.probe.mode]
+
+  def evaluate(params):
+    limits = config.evaluation
+    train = encode(params, train_source, limits.train_images)
+    test = encode(params, eval_source, limits.test_images)
+    return judge(train, test, eval_source.class_names, config)
+
+  return make_task(params, evaluate)
+
+
+def load_encoder(config, mesh):
+  """The encoder of `config.pretrained`.
+
+  Returns:
+    encode: (params, source, limit) -> {"cls" or "mean": (N, D)}, labels (N,).
+    params: of the encoder.
+  """
+  model, params = inputs.load_pretrained(config, mesh)
+
+  def both(params, images):
+    tokens = model.apply({"params": params}, images, method=model.encode)
+    return jnp.concatenate([inputs.pool(tokens, x) for x in FEATURES], axis=1)
+
+  extract = inputs.make_extract(both, config, mesh)
+
+  def encode(params, source, limit):
+    x, labels = extract(params, source, limit)
+    return dict(zip(FEATURES, np.split(x, len(FEATURES), axis=1))), labels
+
+  return encode, {"encoder": params["encoder"]}
+
+
+def make_task(params, evaluate) -> Task:
+  """A task whose parameters are given, and that only evaluates."""
+  objective = Objective(None, None, None, frozen=tuple(params))
+  return Task(
+    lambda key, given: given,
+    objective,
+    optax.identity(),
+    optax.constant_schedule(0.0),
+    evaluate,
+    given=params,
+    fingerprint=inputs.fingerprint(params),
+  )
+
+
+def judge_all(train, test, class_names: Sequence[str], config) -> Evaluation:
+  """Every probe on one kind of features; pictures and files of the fast one.
+
+  Args:
+    train: ({feature: (N, D)}, labels (N,)) to learn from.
+    test: likewise, to be tested on; no choice depends on its labels.
+    class_names: of all classes.
+    config: of the run.
+  """
+  probe, evaluation = config.probe, config.evaluation
+  classes = len(class_names)
+  (x, y), (x_test, y_test) = (
+    (found[probe.feature], labels) for found, labels in (train, test)
+  )
+  pairs = itertools.product(probe.learning_rates, probe.weight_decays)
+  rates, decays = zip(*pairs, strict=True)
+  fast = logistic.fast_probe(
+    *(x, y, x_test),
+    learning_rates=rates,
+    weight_decays=decays,
+    num_classes=classes,
+    epochs=int(probe.epochs[0]),
+    batch_size=int(probe.batch_sizes[0]),
+    seed=config.seed,
+  )
+  judged = classification.judge(fast.scores, y_test, class_names)
+  ridge = linear.ridge_probe_scores(x, y, x_test, num_classes=classes)
+  values = spectrum.singular_values(x_test)
+  scalars = {
+    "fast_linear_learning_rate": fast.learning_rate,
+    "fast_linear_weight_decay": fast.weight_decay,
+    "ridge_accuracy": measures.top_k_accuracy(ridge, y_test, 1),
+    "ridge_top5_accuracy": measures.top_k_accuracy(ridge, y_test, 5),
+    "knn_accuracy": knn.weighted_knn(
+      *(x, y, x_test, y_test),
+      k=evaluation.knn_k,
+      temperature=evaluation.knn_temperature,
+      num_classes=classes,
+    ),
+    "effective_rank": spectrum.effective_rank(values),
+    "participation_ratio": spectrum.participation_ratio(values),
+  }
+  notes = []
+  for shots in map(int, probe.shots):
+    try:
+      mean, deviation = few_shot.few_shot_accuracy(
+        *(x, y, x_test, y_test),
+        shots=shots,
+        draws=probe.draws,
+        num_classes=classes,
+        seed=config.seed,
+      )
+    except UserError as error:  # Too few images: the other figures stand.
+      notes.append(f"config.probe.shots: {error}")
+      continue
+    scalars[f"few_shot_{shots}_accuracy"] = mean
+    scalars[f"few_shot_{shots}_deviation"] = deviation
+  return dataclasses.replace(
+    judged, scalars=judged.scalars | scalars, table="\n".join(notes)
+  )
+
+
+def judge_recipes(train, test, class_names: Sequence[str], config):
+  """How far the recipe alone moves the accuracy; arguments as `judge_all`."""
+  probe = config.probe
+  rows = logistic.sweep(
+    {name: (train[0][name], test[0][name]) for name in FEATURES},
+    *(train[1], test[1]),
+    normalizations=NORMALIZATIONS,
+    epochs=[int(x) for x in probe.epochs],
+    batch_sizes=[int(x) for x in probe.batch_sizes],
+    learning_rates=probe.learning_rates,
+    num_classes=len(class_names),
+    seed=config.seed,
+  )
+  header = [name.replace("_", " ") for name in logistic.Row._fields]
+  table = [
+    [f"{x:.4g}" if isinstance(x, float) else str(x) for x in row]
+    for row in rows
+  ]
+  text = io.StringIO()
+  csv.writer(text, lineterminator="\n").writerows([header, *table])
+  accuracies = [row.accuracy for row in rows]
+  scalars = {
+    "highest_accuracy": max(accuracies),
+    "lowest_accuracy": min(accuracies),
+    "median_accuracy": float(np.median(accuracies)),
+    "recipes": len(rows),
+    "test_images": len(test[1]),
+  }
+  return Evaluation(
+    scalars,
+    files={"sweep.csv": lambda file: file.write(text.getvalue().encode())},
+    table=metrics.format_table(table, header),
+  )

@@ -1,0 +1,123 @@
+"""What the tasks share: images as the network wants them, and encoders."""
+
+from collections.abc import Callable, Iterator
+import functools
+from typing import Any
+import zlib
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import ml_collections
+import numpy as np
+
+from umae_jax import UserError, convert, models, sharding
+from umae_jax.data import pipeline, sources
+from umae_jax.evals import features
+
+
+def normalize(images: jax.Array, mean, std) -> jax.Array:
+  """(B, H, W, C) uint8 to float32, with given mean and deviation of [0, 1]."""
+  shape = (1, 1, 1, images.shape[-1])
+  mean, std = (jnp.asarray(x, jnp.float32).reshape(shape) for x in (mean, std))
+  return (images.astype(jnp.float32) / 255 - mean) / std
+
+
+def compute_dtype(config: ml_collections.ConfigDict, mesh: Mesh) -> jnp.dtype:
+  """`config.model.dtype`; "auto" is bfloat16 unless the mesh is of CPUs."""
+  name = config.model.dtype
+  if name == "auto":
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    name = "float32" if on_cpu else "bfloat16"
+  return jnp.dtype(name)
+
+
+def make_batches(
+  config: ml_collections.ConfigDict,
+) -> Callable[..., Iterator[dict[str, np.ndarray]]]:
+  """Returns (source, limit=N) -> this process's batches for evaluation."""
+  return functools.partial(
+    pipeline.eval_batches,
+    # No more at once than a training step has, though images are whole.
+    batch_size=config.batch_size // config.micro_batches,
+    image_size=tuple(config.data.image_size),
+    channels=config.data.channels,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+
+
+def make_extract(
+  function: Callable[[Any, jax.Array], jax.Array],
+  config: ml_collections.ConfigDict,
+  mesh: Mesh,
+) -> Callable[[Any, sources.Source, int], tuple[np.ndarray, np.ndarray]]:
+  """Returns (params, source, limit) -> outputs (N, F) and labels (N,).
+
+  Every image of the source is encoded once, at most `limit` (0: all); every
+  process must call it, and gets all rows.
+
+  Args:
+    function: (params, (B, H, W, C) float, normalised) -> (B, F).
+    config: of the run.
+    mesh: the batches are split over all of it.
+  """
+  batches = make_batches(config)
+  to_global = functools.partial(sharding.to_global, mesh=mesh)
+
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+  def encode(params, images):
+    images = normalize(images, config.data.mean, config.data.std)
+    return function(params, images)
+
+  def extract(params, source, limit):
+    encoder = functools.partial(encode, params)
+    return features.extract(encoder, batches(source, limit=limit), to_global)
+
+  return extract
+
+
+def load_pretrained(
+  config: ml_collections.ConfigDict, mesh: Mesh
+) -> tuple[models.MaskedAutoencoder | models.Classifier, Any]:
+  """(model, params) of `config.pretrained`, for images of `config.data`.
+
+  Raises:
+    UserError: it cannot be read, or is another encoder than `config.model`.
+  """
+  model, params = convert.load_pretrained(
+    config.pretrained,
+    image_size=tuple(config.data.image_size),
+    num_heads=config.model.num_heads,
+  )
+  differing = [
+    f"config.model.{key}={config.model[key]}, there {getattr(model, key)}"
+    for key in ("patch_size", "width", "depth", "num_heads", "mlp_ratio")
+    if config.model[key] != getattr(model, key)
+  ]
+  values = len(params["encoder"]["patch_embed"]["kernel"])
+  channels = values // model.patch_size**2
+  if channels != config.data.channels:
+    differing.append(
+      f"config.data.channels={config.data.channels}, there {channels}"
+    )
+  if differing:
+    raise UserError(
+      f"config.pretrained={config.pretrained!r} is of another encoder: "
+      f"{'; '.join(differing)}. Set these keys to what is there."
+    )
+  return model.clone(dtype=compute_dtype(config, mesh)), params
+
+
+def fingerprint(params: Any) -> int:
+  """CRC-32 of all arrays of a tree, which tells one set of weights."""
+  return functools.reduce(
+    lambda crc, x: zlib.crc32(np.ascontiguousarray(x).tobytes(), crc),
+    jax.tree.leaves(params),
+    0,
+  )
+
+
+def pool(tokens: jax.Array, feature: str) -> jax.Array:
+  """(B, 1 + L, D) to the class token or the "mean" of the patches, (B, D)."""
+  return tokens[:, 0] if feature == "cls" else tokens[:, 1:].mean(1)
