@@ -1,11 +1,13 @@
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from umae_jax.models import vit
+from umae_jax import models
+from umae_jax.models import patches, vit
 
 HEADS, WIDTH, TOKENS = 2, 8, 5
 
@@ -75,3 +77,93 @@ def test_initial_kernels_are_xavier_uniform_and_biases_zero():
     assert 0.98 * bound < np.abs(kernel).max() <= bound
     np.testing.assert_allclose(kernel.std(), bound / math.sqrt(3), rtol=0.05)
     np.testing.assert_array_equal(params["attn"][name]["bias"], 0)
+
+
+# Dropping.
+
+
+def drop(noise, rate=0.5):
+  """One block of three on (3, 5, D) tokens, with noise (3, 2) or None."""
+  x = jax.random.normal(jax.random.key(1), (3, 5, 16))
+  module = vit.Block(4, drop_path=rate)
+  variables = jax.jit(module.init)(jax.random.key(0), x)
+  return x, jax.jit(module.apply)(variables, x, noise)
+
+
+def test_a_dropped_image_passes_unchanged_and_the_others_do_not():
+  noise = jnp.array([[0.0, 0.49], [0.5, 0.5], [0.9, 0.1]])
+  x, y = drop(noise)
+  np.testing.assert_array_equal(x[0], y[0])
+  _, alone = drop(noise.at[::2].set(0.7))  # Other images do not matter.
+  np.testing.assert_allclose(y[1], alone[1], rtol=1e-6)
+  _, whole = drop(None)
+  assert np.abs(y[1] - whole[1]).max() > 1e-2  # Scaled.
+  assert np.abs(y[2] - x[2]).max() > 1e-2
+
+
+def test_a_kept_branch_is_scaled_so_that_the_mean_stays():
+  y = jax.random.normal(jax.random.key(1), (1000, 2, 3))
+  noise = jax.random.uniform(jax.random.key(2), (1000,))
+  got = vit.drop_path(y, noise, 0.2)
+  kept = np.asarray(noise) >= 0.2
+  np.testing.assert_allclose(got[kept], y[kept] / 0.8, rtol=1e-6)
+  assert not np.asarray(got)[~kept].any() and 150 < (~kept).sum() < 250
+
+
+@pytest.mark.parametrize("depth, rates", [(3, (0, 0.2, 0.4)), (1, (0,))])
+def test_the_rate_rises_linearly_to_the_last_block(depth, rates):
+  """Noise just below and just at a block's rate drops it, and does not."""
+  images = jax.random.normal(jax.random.key(1), (1, 4, 12))
+  positions = jnp.zeros((1, 4, 16))
+  module = vit.Encoder(16, depth, 2, drop_path=0.4, final_norm=False)
+  variables = jax.jit(module.init)(jax.random.key(0), images, positions)
+  apply = jax.jit(module.apply)
+  whole = apply(variables, images, positions)
+  plain = vit.Encoder(16, depth, 2, final_norm=False)
+  same = plain.apply(variables, images, positions)
+  np.testing.assert_allclose(whole, same, rtol=1e-6, atol=1e-6)
+
+  def run(block, value):
+    noise = jnp.full((1, depth, 2), 0.99).at[0, block].set(value)
+    return np.asarray(apply(variables, images, positions, noise))
+
+  for block, rate in enumerate(rates):
+    above, just = run(block, 0.99), run(block, rate + 1e-6)
+    np.testing.assert_array_equal(just, above)
+    if rate:
+      assert np.abs(run(block, rate - 1e-6) - above).max() > 1e-3
+
+
+def test_a_table_in_the_parameters_takes_the_place_of_fixed_positions():
+  mae = models.MaskedAutoencoder(4, 16, 1, 2, 8, 1, 2)
+  images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+  noise = jnp.tile(jnp.arange(4.0), (2, 1))
+  params = mae.init(jax.random.key(0), images, noise, 0.5)["params"]
+  assert not any("pos_embed" in params[x] for x in ("encoder", "decoder"))
+  apply = jax.jit(
+    lambda params: mae.apply({"params": params}, images, noise, 0.5)
+  )
+  fixed = apply(params)
+
+  def give(name, width, change=0.0, row=0.0):
+    table = patches.sincos_positions((2, 2), width) + change
+    table = np.pad(table, ((0, 0), (1, 0), (0, 0)))
+    table[0, 0] += row
+    return params | {name: params[name] | {"pos_embed": table}}
+
+  for name, width in (("encoder", 16), ("decoder", 8)):
+    same = apply(give(name, width))
+    chex.assert_trees_all_close(same, fixed, rtol=1e-5, atol=1e-6)
+    change = np.linspace(0, 1, width, dtype=np.float32)
+    for other in (
+      apply(give(name, width, change)),
+      apply(give(name, width, 0.0, change)),
+    ):
+      assert np.abs(other.prediction - fixed.prediction).max() > 1e-3
+      changed = np.abs(other.tokens - fixed.tokens).max() > 1e-3
+      assert changed == (name == "encoder")
+  with pytest.raises(
+    ValueError, match=r"3 x 2 patches does not fit.*of 4 patc"
+  ):
+    big = jnp.zeros((2, 12, 8, 3))
+    mae.apply({"params": give("encoder", 16)}, big, method=mae.encode)

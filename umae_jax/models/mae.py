@@ -63,10 +63,11 @@ class Decoder(nn.Module):
     y = jnp.concatenate([x[:, 1:], token], axis=1)  # (B, L, E), noise order
     y = masking.permute(y, split.restore, split.shuffle)  # raster order
     y = y + positions.astype(y.dtype)
-    x = jnp.concatenate([x[:, :1], y], axis=1)
+    x = jnp.concatenate([vit.add_class_row(self, x[:, :1]), y], axis=1)
     x = vit.transformer(
       x, self.depth, self.num_heads, self.mlp_ratio, self.dtype
     )
+    x = vit.layer_norm(self.dtype, "norm")(x)
     return vit.dense(patch_values, self.dtype, "pred")(x)[:, 1:]
 
 
@@ -74,7 +75,9 @@ class MaskedAutoencoder(nn.Module):
   """MAE (He et al. 2021, arXiv:2111.06377) on images of any size.
 
   Parameters are float32; `dtype` is that of the matrix products (LayerNorm
-  statistics, softmax and everything returned are float32).
+  statistics, softmax and everything returned are float32). Positions are fixed;
+  where the parameters hold a `pos_embed` (of a converted checkpoint) in
+  "encoder" or "decoder", that is used instead.
   """
 
   patch_size: int
@@ -88,7 +91,7 @@ class MaskedAutoencoder(nn.Module):
   dtype: vit.Dtype = None
 
   def setup(self):
-    """Two transformers; each sees fixed positions of its own width."""
+    """Two transformers; each sees positions of its own width."""
     self.encoder = vit.Encoder(
       self.width, self.depth, self.num_heads, self.mlp_ratio, self.dtype
     )
@@ -119,7 +122,7 @@ class MaskedAutoencoder(nn.Module):
     prediction = self.decoder(
       tokens,
       split,
-      jnp.asarray(patches_lib.sincos_positions(grid, self.decoder_width)),
+      vit.positions(self.decoder, grid, self.decoder_width),
       self.patch_size**2 * images.shape[-1],
     )
     tokens, prediction = (x.astype(jnp.float32) for x in (tokens, prediction))
@@ -160,6 +163,5 @@ class MaskedAutoencoder(nn.Module):
 
   def _patches_and_positions(self, images):
     grid = patches_lib.grid_shape(images.shape[1:3], self.patch_size)
-    positions = patches_lib.sincos_positions(grid, self.width)
     patches = patches_lib.patchify(images, self.patch_size)
-    return patches, jnp.asarray(positions)
+    return patches, self.encoder.positions(grid)

@@ -70,3 +70,54 @@ def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
   rows, columns = np.indices(grid).reshape(2, -1, 1) * frequencies  # (L, D/4)
   halves = [np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)]
   return np.concatenate(halves, axis=-1).astype(np.float32)[None]
+
+
+def resize_positions(
+  table: np.ndarray,
+  grid: tuple[int, int],
+  old_grid: tuple[int, int] | None = None,
+) -> np.ndarray:
+  """Interpolates position embeddings to another grid of patches.
+
+  Bicubic (a = -0.75), borders clamped, no antialiasing: what PyTorch's
+  `interpolate(mode="bicubic", align_corners=False)` does, which MAE uses.
+
+  Args:
+    table: (1, 1 + L, D), the class token's row first.
+    grid: the new patches per column and per row.
+    old_grid: the table's; square if not given.
+
+  Returns:
+    (1, 1 + L', D) of the table's dtype; the class token's row is kept.
+
+  Raises:
+    ValueError: L is not a square, or not that of `old_grid`.
+
+  Source: Keys 1981, cubic convolution; He et al. 2021 for its use.
+  """
+  length, width = table.shape[1] - 1, table.shape[2]
+  if old_grid is None:
+    old_grid = (round(length**0.5),) * 2
+  if old_grid[0] * old_grid[1] != length:
+    raise ValueError(
+      f"A table of {length} patches is not one of a grid of {old_grid[0]} x "
+      f"{old_grid[1]}; give its old_grid."
+    )
+  rows, columns = map(_cubic_matrix, old_grid, grid)
+  old = table[0, 1:].astype(np.float64).reshape(*old_grid, width)
+  new = np.einsum("ri,cj,ijd->rcd", rows, columns, old, optimize=True)
+  new = new.reshape(1, -1, width).astype(table.dtype)
+  return np.concatenate([table[:, :1], new], axis=1)
+
+
+def _cubic_matrix(old: int, new: int) -> np.ndarray:
+  """(new, old) weights of cubic convolution along one axis."""
+  matrix = np.zeros((new, old))
+  centers = (np.arange(new) + 0.5) * old / new - 0.5
+  for i, center in enumerate(centers):
+    for j in range(int(np.floor(center)) - 1, int(np.floor(center)) + 3):
+      x = abs(center - j)
+      near = (1.25 * x - 2.25) * x * x + 1
+      far = -0.75 * (((x - 5) * x + 8) * x - 4)
+      matrix[i, min(max(j, 0), old - 1)] += near if x <= 1 else far
+  return matrix
