@@ -87,9 +87,9 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
 def drawn(monkeypatch, draw):
   """The figure that `draw` renders."""
   figures = []
-  rendered = pictures._rendered
+  rendered = pictures.rendered
   monkeypatch.setattr(
-    pictures, "_rendered", lambda f: (figures.append(f), rendered(f))[1]
+    pictures, "rendered", lambda f: (figures.append(f), rendered(f))[1]
   )
   image = draw()
   assert image.ndim == 3 and image.dtype == np.uint8

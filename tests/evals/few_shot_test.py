@@ -30,7 +30,7 @@ def drawn(monkeypatch):
 
 
 def test_every_draw_holds_the_shots_of_every_class(drawn):
-  x, y, *test = digits()
+  _, y, *test = digits()
   numbers = np.arange(900.0)[:, None]  # A feature that names its row.
   test[0] = test[0][:, :1]
   for shots in (1, 3):
@@ -88,7 +88,10 @@ def test_more_shots_are_better_and_one_draw_has_no_deviation():
 def test_a_rare_class_is_named():
   x, y, *test = digits()
   keep = (y != 7) | (np.cumsum(y == 7) <= 2)
-  with pytest.raises(UserError, match="shots=3.* 2 of class 7; use shots <= 2"):
+  with pytest.raises(
+    UserError, match=r"shots=3.* 2 of class 7; use shots <= 2"
+  ):
     run((x[keep], y[keep], *test))
+  assert run((x[keep], y[keep], *test), shots=2)[0] > 0.4  # As many as shots.
   with pytest.raises(UserError, match="the 0 of class 10"):
     run((x, y, *test), num_classes=11)

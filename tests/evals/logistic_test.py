@@ -168,7 +168,7 @@ def test_normalizations():
   root = np.sqrt(1.5)
   np.testing.assert_allclose(a, [[0, -root], [0, 0], [0, root]], atol=1e-6)
   np.testing.assert_allclose(b[:, 0], 1, rtol=1e-6)  # Only centred.
-  with pytest.raises(ValueError, match="normalization='zca'.*'standardize'"):
+  with pytest.raises(ValueError, match=r"normalization='zca'.*'standardize'"):
     logistic.normalize(x, x, "zca")
 
 

@@ -83,7 +83,7 @@ def reconstructions(
   blocks = max(1, round(math.sqrt(0.375 * len(rows))))
   canvas, left_edges = _tiled(rows, blocks)
   image = _labelled(canvas, left_edges, _COLUMNS * blocks, rows.shape[3])
-  return _finished(image, path)
+  return finished(image, path)
 
 
 def spectrum(
@@ -116,7 +116,7 @@ def spectrum(
   axes.set_title("Spectrum of the features")
   axes.legend(frameon=False)
   _plain(axes)
-  return _finished(_rendered(figure), path)
+  return finished(rendered(figure), path)
 
 
 def curves(
@@ -151,7 +151,7 @@ def curves(
     axes.set_axis_off()
   if not panels:
     figure.text(0.5, 0.5, "nothing logged yet", ha="center")
-  return _finished(_rendered(figure), path)
+  return finished(rendered(figure), path)
 
 
 def _series(records) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
@@ -255,16 +255,18 @@ def _labelled(canvas, left_edges, labels, width) -> np.ndarray:
     figure.text(
       (x + width / 2) / w, 1 - 26 / h, label, ha="center", fontsize=size
     )
-  return _rendered(figure)
+  return rendered(figure)
 
 
-def _rendered(figure: Figure) -> np.ndarray:
+def rendered(figure: Figure) -> np.ndarray:
+  """Draws a figure; returns it as (h, w, 3) uint8."""
   canvas = FigureCanvasAgg(figure)
   canvas.draw()
   return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _finished(image: np.ndarray, path) -> np.ndarray:
+def finished(image: np.ndarray, path: str | os.PathLike | None) -> np.ndarray:
+  """The image, after writing it if there is a path."""
   if path is not None:
     write(image, path)
   return image

@@ -48,7 +48,7 @@ def confusion_matrix(
   """
   predictions, labels = np.asarray(predictions), np.asarray(labels)
   if np.isnan(predictions).any():
-    raise ValueError("Scores hold NaN, which predicts no class; drop such rows.")
+    raise ValueError("Scores hold NaN, which is no class; drop such rows.")
   if predictions.ndim == 2:
     predictions = predictions.argmax(1)
   for name, x in (("labels", labels), ("predictions", predictions)):
