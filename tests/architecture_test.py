@@ -17,6 +17,7 @@ MAX_LINES, MAX_FUNCTION_LINES, MAX_PACKAGE_LINES = 300, 60, 5000
 LEVELS = {
   "main": 5,
   "loop": 4,
+  "run": 3.5,
   "tasks": 3,
   "train_step": 2,
   "evals": 2,
@@ -32,7 +33,8 @@ LEVELS = {
   "config": 0,
   "validation": 0.5,
   "metrics": 0,
-  "checkpoint": 0,
+  "checkpoint": 0.5,
+  "integrity": 0,
   "workdir": 0,
   "data": 0,
 }

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 
-from umae_jax import UserError, checkpoint
+from umae_jax import UserError, checkpoint, integrity
 
 # TensorStore answers into the event loop that Orbax closed on the first error.
 pytestmark = pytest.mark.filterwarnings(
@@ -300,11 +300,11 @@ def test_wrong_values_that_orbax_does_not_notice(folder, monkeypatch):
   assert_same_bits(state, make_state(1))
   shutil.rmtree(folder / "1" / "state")  # And without the checksum:
   shutil.move(folder / "2.corrupt", folder / "2")
-  monkeypatch.setattr(checkpoint, "checksum", lambda x: jnp.uint32(0))
+  monkeypatch.setattr(integrity, "checksum", lambda x: jnp.uint32(0))
   monkeypatch.setattr(
-    checkpoint.Checkpoints,
+    checkpoint,
     "_read_manifest",
-    lambda *_: {k: [*v, 0] for k, v in checkpoint._describe(state).items()},
+    lambda *_: {k: [*v, 0] for k, v in integrity.describe(state).items()},
   )
   assert restore(folder)[0] == 2  # Orbax alone would have believed it.
 
@@ -403,69 +403,74 @@ def test_another_state_is_named_and_left_alone(folder, change, message):
   assert names(folder) == ["1", "2"]
 
 
-# The checksum.
+# Parameters alone.
 
 
-def checksum_reference(x):
-  """The definition, element by element in Python integers."""
-  x = np.asarray(x)
-  if x.dtype == np.bool_:
-    x = x.astype(np.uint8)
-  total = 0
-  words = x.reshape(-1).view(f"u{min(4, x.dtype.itemsize)}")
-  for position, word in enumerate(words.tolist(), 1):
-    h = word ^ (position * 0x9E3779B9 % 2**32)
-    h = (h ^ (h >> 16)) * 0x85EBCA6B % 2**32
-    h = (h ^ (h >> 13)) * 0xC2B2AE35 % 2**32
-    total += h ^ (h >> 16)
-  return total % 2**32
+@pytest.fixture
+def run(folder, tmp_path):
+  """A work directory with checkpoints of steps 1 and 2."""
+  (tmp_path / "run").mkdir()
+  return folder.rename(tmp_path / "run" / "checkpoints").parent
 
 
-ARRAYS = [
-  np.random.default_rng(0).normal(size=(3, 5, 2)).astype(np.float32),
-  np.random.default_rng(0).normal(size=(64, 4)).astype(jnp.bfloat16),
-  np.random.default_rng(0).normal(size=(8,)).astype(np.float16),
-  np.array([[True], [False]]),
-  np.int32(-7),
-  np.arange(-3, 9, dtype=np.int8),
-  np.zeros((0, 3), np.float32),
-]
+def assert_reads(path, step, model=None):
+  """`load_params` gives that step's, as NumPy, and changes no file."""
+  before = {x: (path / x).read_bytes() for x in files_of(path)}
+  params, metadata = checkpoint.load_params(path)
+  assert metadata == model
+  assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(params))
+  assert_same_bits(params, jax.tree.map(np.asarray, make_state(step).params))
+  assert {x: (path / x).read_bytes() for x in files_of(path)} == before
 
 
-@pytest.mark.parametrize("x", ARRAYS, ids=lambda x: f"{x.dtype}{x.shape}")
-def test_checksum_matches_the_reference(x):
-  assert int(checkpoint.checksum(x)) == checksum_reference(x)
+def test_parameters_are_read_without_a_template(run):
+  (run / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
+  (run / "checkpoints" / "8").mkdir()  # Looks like one, and is none.
+  assert_reads(run, 2)
 
 
-def test_checksum_of_64_bits():
-  x = np.random.default_rng(0).normal(size=(4, 3))
-  with jax.enable_x64(True):
-    for array in (x, x.view(np.int64)):
-      got = checkpoint.checksum(jnp.asarray(array))
-      assert int(got) == checksum_reference(x)
+def test_optimizer_state_is_not_read(run, monkeypatch):
+  asked = []
+  load = checkpoint.ocp.load
+  monkeypatch.setattr(
+    checkpoint.ocp, "load", lambda *args: asked.append(args[1]) or load(*args)
+  )
+  assert_reads(run, 2)
+  leaves = jax.tree.leaves(asked[0]["opt_state"])
+  assert leaves and all(x is checkpoint.ocp.PLACEHOLDER for x in leaves)
 
 
-def test_checksum_does_not_depend_on_the_devices():
-  x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), jnp.float32)
-  sums = {
-    int(checkpoint.checksum(place({"x": x}, n, sharded)["x"]))
-    for n in (1, 2, 8)
-    for sharded in (True, False)
-  }
-  assert sums == {checksum_reference(x)}
+def test_damaged_parameters_are_passed_over_and_left_in_place(run, caplog):
+  folder = run / "checkpoints"
+  shutil.rmtree(folder / "2" / "state")  # Another state, put in place.
+  shutil.copytree(folder / "1" / "state", folder / "2" / "state")
+  with caplog.at_level("WARNING"):
+    assert_reads(run, 1)
+  assert "wrong checksums" in caplog.text
+  damage(folder / "1" / "state" / "_METADATA", "truncate")
+  with pytest.raises(UserError, match=r"no readable.*'2': .*'1': .*from a cop"):
+    checkpoint.load_params(run)
+  assert names(folder) == ["1", "2"]
 
 
-def test_checksum_notices_one_bit_swaps_and_lost_zeros():
-  x = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
-  x[1] = -x[0]  # Rows that differ in the sign bit alone.
-  others = [x[[1, 0, 2, 3, 4, 5, 6, 7]], x[::-1], x.T.reshape(8, 4)]
-  for bit in range(32):
-    flipped = x.copy()
-    flipped.view(np.uint32)[3, 2] ^= np.uint32(1 << bit)
-    others.append(flipped)
-  sums = {int(checkpoint.checksum(y)) for y in [x, *others]}
-  assert len(sums) == 1 + len(others)
-  assert int(checkpoint.checksum(np.float32(0))) != 0
+def test_exported_parameters_come_back_with_their_model(tmp_path):
+  path = tmp_path / "new" / "exported"
+  params = jax.tree.map(np.asarray, make_state(7).params)
+  checkpoint.save_params(path, params, {"width": 16})
+  assert names(path.parent) == ["exported"]
+  assert_reads(path, 7, {"width": 16})
+  with pytest.raises(ValueError, match="exist"):
+    checkpoint.save_params(path, params, {})
+  file = path / "_CHECKPOINT_METADATA"
+  file.write_text(file.read_text().replace('"width": 16', '"width": 61'))
+  with pytest.raises(UserError, match="metadata are damaged"):
+    checkpoint.load_params(path)
+
+
+def test_a_folder_without_any_is_refused(tmp_path):
+  (tmp_path / "checkpoints").mkdir()
+  with pytest.raises(UserError, match=r"no readable checkpoint .none at all"):
+    checkpoint.load_params(tmp_path)
 
 
 # Kill, and several processes.

@@ -8,23 +8,19 @@ a lost chunk, which it reads as zeros).
 
 from collections.abc import Callable, Iterator
 import contextlib
-import functools
-import json
 import os
 import pathlib
 import re
 import shutil
 from typing import Any
-import zlib
 
 from absl import logging
 import jax
 from jax.experimental import multihost_utils
-import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from umae_jax import UserError
+from umae_jax import UserError, integrity
 
 _MANIFEST = "umae_jax"  # Key in the custom metadata of a checkpoint.
 _UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax strips this when done.
@@ -108,10 +104,9 @@ class Checkpoints:
     self.wait()
     if self._path(step).exists():
       raise FileExistsError(f"There is already a {self._path(step)}.")
-    leaves = _fingerprint(state)
-    manifest = {"leaves": leaves, "crc32": _crc32(leaves)}
+    seal = {_MANIFEST: integrity.manifest(state)}
     self._pending = ocp.save_async(
-      self._path(step), state, custom_metadata={_MANIFEST: manifest}
+      self._path(step), state, custom_metadata=seal
     )
     if wait:
       self.wait()
@@ -158,10 +153,10 @@ class Checkpoints:
 
   def _read(self, step: int, template: Any) -> tuple[Any, str]:
     """Returns (state, ""), or (None, what is wrong); every process the same."""
-    leaves, wrong = _attempt(lambda: self._read_manifest(step))
+    leaves, wrong = _attempt(lambda: _read_manifest(self._path(step)))
     if wrong:
       return None, wrong
-    self._refuse_foreign(step, _describe(template), leaves)
+    self._refuse_foreign(step, integrity.describe(template), leaves)
     abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
       template,
@@ -169,7 +164,7 @@ class Checkpoints:
     state, wrong = _attempt(lambda: ocp.load(self._path(step), abstract))
     if wrong:
       return None, wrong
-    found = _fingerprint(state)
+    found = integrity.fingerprint(state)
     bad = [key for key in leaves if leaves[key] != found[key]]
     if bad:
       return None, f"wrong checksums: {', '.join(bad[:5])}"
@@ -186,21 +181,11 @@ class Checkpoints:
         "--workdir must be on a file system that all of them share."
       )
 
-  def _read_manifest(self, step: int) -> dict[str, list]:
-    """Returns {key of leaf: [shape, dtype, checksum]} in order of the state."""
-    metadata = ocp.metadata(self._path(step))
-    if metadata.metadata is None:  # Orbax has logged the reason.
-      raise ValueError("its tree of arrays is unreadable")
-    manifest = metadata.custom_metadata.get(_MANIFEST)
-    if not manifest or manifest["crc32"] != _crc32(manifest["leaves"]):
-      raise ValueError("no checksums, or damaged ones, in its metadata")
-    return manifest["leaves"]
-
   def _refuse_foreign(self, step: int, ours: dict, leaves: dict) -> None:
     """Raises UserError if the checkpoint is of another state than ours."""
-    theirs = {key: leaf[:2] for key, leaf in leaves.items()}
+    theirs, show = {k: x[:2] for k, x in leaves.items()}, integrity.show
     differing = [
-      f"{key}: {_show(ours.get(key))} here, {_show(theirs.get(key))} there"
+      f"{key}: {show(ours.get(key))} here, {show(theirs.get(key))} there"
       for key in ours | theirs
       if ours.get(key) != theirs.get(key)
     ]
@@ -226,61 +211,78 @@ class Checkpoints:
     multihost_utils.sync_global_devices("moved")
 
 
-@jax.jit
-def checksum(x: jax.Array) -> jax.Array:
-  """Checksum of the bits of an array, wherever its shards live.
-
-  The bits of each element, mixed with its position by a one-to-one function
-  of uint32, are summed modulo 2^32. So any change of one element changes the
-  sum; swaps and other changes escape with probability 2^-32.
+def save_params(path: pathlib.Path, params: Any, model: dict) -> None:
+  """Writes parameters alone, atomically, with their checksums.
 
   Args:
-    x: any shape; bool, integer or real, of 8, 16, 32 or 64 bits.
+    path: becomes a directory; its parent is made if absent.
+    params: nested dict of arrays.
+    model: what `load_params` gives back with them; values of JSON's.
+
+  Raises:
+    ValueError: there is something at `path`.
+  """
+  state = {"params": params}
+  metadata = {_MANIFEST: integrity.manifest(state), "model": model}
+  metadata["model_crc32"] = integrity.crc32(model)
+  ocp.save(path.absolute(), state, custom_metadata=metadata)
+
+
+def load_params(path: pathlib.Path) -> tuple[dict, dict | None]:
+  """Reads the parameters of a run's newest good checkpoint, or exported ones.
+
+  Changes nothing on disk, and does not read the optimizer's state.
+
+  Args:
+    path: a work directory (with "checkpoints"), or what `save_params` wrote.
 
   Returns:
-    () uint32, the same for every sharding and number of devices.
+    (params, model): NumPy arrays, and `save_params`'s; None of a run.
 
-  Source: the mixing is the finalizer of MurmurHash3 (Appleby 2011).
+  Raises:
+    UserError: none there, or damaged.
   """
-  if x.dtype == jnp.bool_:
-    x = x.astype(jnp.uint8)
-  unsigned = jnp.dtype(f"uint{min(32, 8 * x.dtype.itemsize)}")
-  # Of a 64-bit number this makes two, on a new last axis.
-  bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-  position = jnp.uint32(0)
-  for axis, size in enumerate(bits.shape):  # Row-major, modulo 2^32.
-    index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    position = position * jnp.uint32(size) + index
-  # From 1, for zeros at position 0 must not count as nothing.
-  h = bits ^ ((position + jnp.uint32(1)) * jnp.uint32(0x9E3779B9))
-  h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-  h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-  return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
+  path = path.absolute()
+  folder = path / "checkpoints"
+  exported = not folder.is_dir()
+  steps = () if exported else Checkpoints(folder, 1, None).steps
+  damaged = {}
+  for place in [path] if exported else [folder / str(x) for x in steps[::-1]]:
+    found, wrong = _attempt(lambda place=place: _load_params(place, exported))
+    if not wrong:
+      return found
+    logging.warning("Damaged checkpoint %s (%s).", place, wrong)
+    damaged[place.name] = wrong
+  raise UserError(
+    f"{path} has no readable checkpoint ({damaged or 'none at all'}); restore "
+    "it from a copy, or name another. Nothing has been changed."
+  )
 
 
-def _describe(tree: Any) -> dict[str, list]:
-  """Returns {key of leaf: [shape, dtype]} as JSON has it, in tree order."""
-  key = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {key(path): [list(x.shape), str(x.dtype)] for path, x in leaves}
+def _load_params(path, exported):
+  """(params, model) of one checkpoint; any exception if it is damaged."""
+  leaves = _read_manifest(path)
+  metadata = ocp.metadata(path)
+  custom, template = metadata.custom_metadata, metadata.metadata
+  model = custom.get("model")
+  if exported and custom["model_crc32"] != integrity.crc32(model):
+    raise ValueError("its metadata are damaged")
+  abstract = jax.tree.map(lambda _: ocp.PLACEHOLDER, template)
+  as_numpy = lambda x: np.empty(x.shape, x.dtype)  # noqa: E731
+  abstract["params"] = jax.tree.map(as_numpy, template["params"])
+  params = ocp.load(path, abstract)["params"]
+  kept = {k: x for k, x in leaves.items() if k.startswith("params/")}
+  if integrity.fingerprint({"params": params}) != kept:
+    raise ValueError("wrong checksums")
+  return params, model
 
 
-def _fingerprint(state: Any) -> dict[str, list]:
-  """Returns {key of leaf: [shape, dtype, checksum]}, in tree order."""
-  checksums = jax.device_get([checksum(x) for x in jax.tree.leaves(state)])
-  return {
-    key: [*leaf, int(value)]
-    for (key, leaf), value in zip(_describe(state).items(), checksums)
-  }
-
-
-def _crc32(leaves: dict) -> int:
-  return zlib.crc32(json.dumps(leaves).encode())
-
-
-def _show(leaf: list | None) -> str:
-  """`float32[2, 3]`, or `absent`."""
-  return "absent" if leaf is None else f"{leaf[1]}{leaf[0]}"
+def _read_manifest(path: pathlib.Path) -> dict[str, list]:
+  """Returns {key of leaf: [shape, dtype, checksum]} in order of the state."""
+  metadata = ocp.metadata(path)
+  if metadata.metadata is None:  # Orbax has logged the reason.
+    raise ValueError("its tree of arrays is unreadable")
+  return integrity.verified(metadata.custom_metadata.get(_MANIFEST))
 
 
 def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
