@@ -39,7 +39,7 @@ setuptools.setup(
   extras_require={
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
-    "torch": ["torch>=2.10", "safetensors", "transformers"],
+    "torch": ["torch>=2.10", "safetensors", "timm", "transformers"],
     "test": ["hypothesis", "pytest>=8", "pytest-xdist", "ruff==0.17.6"],
   },
 )

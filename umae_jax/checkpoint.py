@@ -217,7 +217,7 @@ def save_params(path: pathlib.Path, params: Any, model: dict) -> None:
   Args:
     path: becomes a directory; its parent is made if absent.
     params: nested dict of arrays.
-    model: what `load_params` gives back with them; values of JSON's.
+    model: given back by `load_params`; values of JSON's.
 
   Raises:
     ValueError: there is something at `path`.
@@ -229,9 +229,9 @@ def save_params(path: pathlib.Path, params: Any, model: dict) -> None:
 
 
 def load_params(path: pathlib.Path) -> tuple[dict, dict | None]:
-  """Reads the parameters of a run's newest good checkpoint, or exported ones.
+  """Reads only the parameters of a run's newest good checkpoint, or exported.
 
-  Changes nothing on disk, and does not read the optimizer's state.
+  Changes nothing on disk.
 
   Args:
     path: a work directory (with "checkpoints"), or what `save_params` wrote.
@@ -242,8 +242,7 @@ def load_params(path: pathlib.Path) -> tuple[dict, dict | None]:
   Raises:
     UserError: none there, or damaged.
   """
-  path = path.absolute()
-  folder = path / "checkpoints"
+  folder = (path := path.absolute()) / "checkpoints"
   exported = not folder.is_dir()
   steps = () if exported else Checkpoints(folder, 1, None).steps
   damaged = {}

@@ -29,6 +29,7 @@ class Classifier(nn.Module):
     mlp_ratio: hidden width of a block's perceptron, in D.
     drop_path: rate of stochastic depth at the last block, in [0, 1).
     dtype: of the encoder's matrix products; all else is float32.
+    norm_epsilon: of every LayerNorm.
   """
 
   patch_size: int
@@ -40,6 +41,7 @@ class Classifier(nn.Module):
   mlp_ratio: float = 4.0
   drop_path: float = 0.0
   dtype: vit.Dtype = None
+  norm_epsilon: float = vit.NORM_EPSILON
 
   def setup(self):
     """Encoder, LayerNorm of the mean, head."""
@@ -54,8 +56,9 @@ class Classifier(nn.Module):
       self.drop_path,
       final_norm=self.pool == "cls",
       train_positions=True,
+      norm_epsilon=self.norm_epsilon,
     )
-    self.fc_norm = nn.LayerNorm(epsilon=1e-6)
+    self.fc_norm = nn.LayerNorm(epsilon=self.norm_epsilon)
     # MAE truncates at -2 and 2, a hundred thousand deviations: not at all.
     initializer = nn.initializers.normal(2e-5)
     self.head = nn.Dense(self.num_classes, kernel_init=initializer)

@@ -34,6 +34,7 @@ class Decoder(nn.Module):
   num_heads: int
   mlp_ratio: float = 4.0
   dtype: vit.Dtype = None
+  norm_epsilon: float = vit.NORM_EPSILON
 
   @nn.compact
   def __call__(
@@ -64,10 +65,10 @@ class Decoder(nn.Module):
     y = masking.permute(y, split.restore, split.shuffle)  # raster order
     y = y + positions.astype(y.dtype)
     x = jnp.concatenate([vit.add_class_row(self, x[:, :1]), y], axis=1)
-    x = vit.transformer(
-      x, self.depth, self.num_heads, self.mlp_ratio, self.dtype
-    )
-    x = vit.layer_norm(self.dtype, "norm")(x)
+    epsilon = self.norm_epsilon
+    size = (self.depth, self.num_heads, self.mlp_ratio, self.dtype)
+    x = vit.transformer(x, *size, norm_epsilon=epsilon)
+    x = vit.layer_norm(self.dtype, "norm", epsilon)(x)
     return vit.dense(patch_values, self.dtype, "pred")(x)[:, 1:]
 
 
@@ -89,11 +90,17 @@ class MaskedAutoencoder(nn.Module):
   decoder_num_heads: int
   mlp_ratio: float = 4.0
   dtype: vit.Dtype = None
+  norm_epsilon: float = vit.NORM_EPSILON
 
   def setup(self):
     """Two transformers; each sees positions of its own width."""
     self.encoder = vit.Encoder(
-      self.width, self.depth, self.num_heads, self.mlp_ratio, self.dtype
+      self.width,
+      self.depth,
+      self.num_heads,
+      self.mlp_ratio,
+      self.dtype,
+      norm_epsilon=self.norm_epsilon,
     )
     self.decoder = Decoder(
       self.decoder_width,
@@ -101,6 +108,7 @@ class MaskedAutoencoder(nn.Module):
       self.decoder_num_heads,
       self.mlp_ratio,
       self.dtype,
+      self.norm_epsilon,
     )
 
   def __call__(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from umae_jax.models import patches as patches_lib
 
 Dtype = jnp.dtype | None
+NORM_EPSILON = 1e-6  # Of MAE's LayerNorms; Hugging Face's models have others.
 
 
 def dense(features: int, dtype: Dtype, name: str) -> nn.Dense:
@@ -15,9 +16,11 @@ def dense(features: int, dtype: Dtype, name: str) -> nn.Dense:
   return nn.Dense(features, dtype=dtype, kernel_init=initializer, name=name)
 
 
-def layer_norm(dtype: Dtype, name: str) -> nn.LayerNorm:
-  """LayerNorm of epsilon 1e-6; statistics in float32 whatever the dtype."""
-  return nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=name)
+def layer_norm(
+  dtype: Dtype, name: str, epsilon: float = NORM_EPSILON
+) -> nn.LayerNorm:
+  """LayerNorm, whose statistics are in float32 whatever the dtype."""
+  return nn.LayerNorm(epsilon=epsilon, dtype=dtype, name=name)
 
 
 class Attention(nn.Module):
@@ -68,6 +71,7 @@ class Block(nn.Module):
   mlp_ratio: float = 4.0
   dtype: Dtype = None  # Compute dtype; parameters stay float32.
   drop_path: float = 0.0
+  norm_epsilon: float = NORM_EPSILON
 
   @nn.compact
   def __call__(
@@ -79,10 +83,10 @@ class Block(nn.Module):
     """
     width = x.shape[-1]
     first, second = (None, None) if drop_noise is None else drop_noise.T
-    y = layer_norm(self.dtype, "norm1")(x)
+    y = layer_norm(self.dtype, "norm1", self.norm_epsilon)(x)
     y = Attention(self.num_heads, self.dtype, name="attn")(y)
     x = x + drop_path(y, first, self.drop_path)
-    y = layer_norm(self.dtype, "norm2")(x)
+    y = layer_norm(self.dtype, "norm2", self.norm_epsilon)(x)
     y = dense(int(self.mlp_ratio * width), self.dtype, "fc1")(y)  # (B, T, 4D)
     y = nn.gelu(y, approximate=False)
     y = dense(width, self.dtype, "fc2")(y)
@@ -97,6 +101,7 @@ def transformer(
   dtype: Dtype,
   drop_path: float = 0.0,
   drop_noise: jax.Array | None = None,
+  norm_epsilon: float = NORM_EPSILON,
 ) -> jax.Array:
   """`depth` blocks, (B, T, D) -> (B, T, D), without a final LayerNorm.
 
@@ -110,6 +115,7 @@ def transformer(
     dtype: of the matrix products.
     drop_path: rate of the last block; it rises linearly from 0 at the first.
     drop_noise: (B, depth, 2) uniform in [0, 1), or None: nothing is dropped.
+    norm_epsilon: of each LayerNorm.
 
   Raises:
     ValueError: the noise has another shape.
@@ -122,7 +128,10 @@ def transformer(
   for i in range(depth):
     rate = drop_path * i / max(depth - 1, 1)
     noise = None if drop_noise is None else drop_noise[:, i]
-    x = Block(num_heads, mlp_ratio, dtype, rate, name=f"block{i}")(x, noise)
+    block = Block(
+      num_heads, mlp_ratio, dtype, rate, norm_epsilon, name=f"block{i}"
+    )
+    x = block(x, noise)
   return x
 
 
@@ -177,6 +186,7 @@ class Encoder(nn.Module):
   drop_path: float = 0.0  # Rate of the last block; see `transformer`.
   final_norm: bool = True
   train_positions: bool = False
+  norm_epsilon: float = NORM_EPSILON
 
   def positions(self, grid: tuple[int, int]) -> jax.Array:
     """(1, L, D) for an image of `grid` patches; see `positions`."""
@@ -214,5 +224,7 @@ class Encoder(nn.Module):
     token = jnp.broadcast_to(token, (len(x), 1, self.width))
     x = jnp.concatenate([token, x], axis=1)
     size = (self.depth, self.num_heads, self.mlp_ratio, self.dtype)
-    x = transformer(x, *size, self.drop_path, drop_noise)
-    return layer_norm(self.dtype, "norm")(x) if self.final_norm else x
+    x = transformer(x, *size, self.drop_path, drop_noise, self.norm_epsilon)
+    if not self.final_norm:
+      return x
+    return layer_norm(self.dtype, "norm", self.norm_epsilon)(x)
