@@ -113,6 +113,25 @@ def test_number_of_processes_does_not_change_the_batch(
   assert_same(concatenate(parts), train(source, 9))
 
 
+@pytest.mark.parametrize("kind", ["made", "folder"])
+def test_rand_augment_comes_last_and_keeps_the_promises(open_source, kind):
+  source = open_source(kind)
+  plain = train(source, 6)
+  assert_same(train(source, 6, rand_augment=0.0), plain)
+  whole = train(source, 6, rand_augment=9.0)
+  parts = [
+    train(source, 6, rand_augment=9.0, process_index=i, process_count=2)
+    for i in range(2)
+  ]
+  assert_same(concatenate(parts), whole)
+  assert_same(train(source, 2, rand_augment=9.0, start_step=4), whole[4:])
+  # A quarter draws no operation; of them crop, flip and label are as without.
+  same = sum(a == b for a, b in zip(rows(plain), rows(whole)))
+  assert 2 < same < 30
+  for a, b in zip(plain, whole):
+    np.testing.assert_array_equal(a["label"], b["label"])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_epoch_holds_every_example_once(open_source, kind):
   source = open_source(kind)

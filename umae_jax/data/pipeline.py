@@ -12,6 +12,7 @@ import numpy as np
 
 from umae_jax import UserError
 from umae_jax.data import augment, decode
+from umae_jax.data import rand_augment as rand_augment_stage
 from umae_jax.data.host_tensorflow import tensorflow
 from umae_jax.data.share import Example, Share, Source, Stage
 
@@ -80,6 +81,7 @@ def train_batches(
   channels: int,
   crop_scale: tuple[float, float] | None,
   flip: bool,
+  rand_augment: float = 0.0,
   shuffle_buffer: int,
   process_index: int = 0,
   process_count: int = 1,
@@ -90,7 +92,7 @@ def train_batches(
   Args:
     source: from `sources.open_source`.
     batch_size: B, of all processes together.
-    seed: of the order and of every crop and flip.
+    seed: of the order and of every augmentation.
     start_step: steps already done; the stream continues exactly there, having
       decoded nothing before it.
     image_size: (H, W) in pixels.
@@ -98,6 +100,8 @@ def train_batches(
     crop_scale: range of the area of the random crop, as a fraction of the
       image; None or () for the central crop of evaluation.
     flip: whether to mirror half of the images.
+    rand_augment: magnitude of RandAugment, in [0, 10], after crop and flip; 0
+      is without it.
     shuffle_buffer: undecoded images, over all processes, to shuffle a stream
       from. Without effect on random-access sources, which shuffle exactly.
     process_index: which rows: [process_index * b, (process_index + 1) * b).
@@ -123,13 +127,15 @@ def train_batches(
     return example | {"seed": tf.stack([seed, position])}
 
   whole = decode.decode_whole(channels)
-  flips = [augment.random_flip] if flip else []
+  rest = [augment.random_flip] if flip else []
+  if rand_augment:
+    rest.append(rand_augment_stage.rand_augment(rand_augment))
   if crop_scale:
     crop = augment.random_resized_crop(image_size, tuple(crop_scale), channels)
     # A window below the end of a truncated JPEG decodes only with the rest.
-    attempts = [[crop, *flips], [whole, crop, *flips]]
+    attempts = [[crop, *rest], [whole, crop, *rest]]
   else:
-    attempts = [[whole, augment.central_crop(image_size, channels), *flips]]
+    attempts = [[whole, augment.central_crop(image_size, channels), *rest]]
   records = records.enumerate().map(add_seed)
   images = _images(records, source, attempts, image_size, channels)
   return Batches(_batch(images, share.rows), source, max_unreadable)
