@@ -82,7 +82,9 @@ def load_file(
     decoder_num_heads or facts.get("decoder_num_heads"),
   )
   fields |= shapes.find_heads(fields, *heads, path)
-  fields["norm_epsilon"] = facts.get("norm_epsilon", vit.NORM_EPSILON)
+  kept = ("norm_epsilon", "depth", "decoder_depth")
+  fields = {"norm_epsilon": vit.NORM_EPSILON} | fields
+  fields |= {k: facts[k] for k in kept if k in facts and k in fields}
   model = shapes.make_model(fields, path)
   tables = {
     name: found[theirs]
@@ -103,7 +105,7 @@ def _read_hugging_face(path, tensors):
   origin = {"spelling_5": any(names.SPELLING_5[1] in x for x in tensors)}
   file = path.with_name("config.json")
   if not file.is_file():
-    return {}, origin
+    return {"norm_epsilon": 1e-12}, origin  # Their models' default.
   found = files.read_json(file)
   kind, activation = found.get("model_type"), found.get("hidden_act", "gelu")
   if kind not in ("vit", "vit_mae") or activation != "gelu":
@@ -115,6 +117,8 @@ def _read_hugging_face(path, tensors):
     "num_heads": found.get("num_attention_heads", 12),
     "decoder_num_heads": found.get("decoder_num_attention_heads", 16),
     "norm_epsilon": found.get("layer_norm_eps", 1e-12),
+    "depth": found.get("num_hidden_layers", 12),
+    "decoder_depth": found.get("decoder_num_hidden_layers", 8),
     "image_size": _pair(found.get("image_size", 224)),
   }
   wrong = {k: x for k, x in facts.items() if not _is_number(x)}
