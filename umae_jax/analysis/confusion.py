@@ -53,12 +53,9 @@ def confusion(
   axes = figure.subplots()
   axes.set_facecolor("0.8")
   colors = axes.imshow(
-    share,
-    cmap="Blues",
-    norm=PowerNorm(0.5, 0, 1),
-    interpolation="nearest",
-    extent=(-0.5, end, end, -0.5),
+    share, "Blues", PowerNorm(0.5, 0, 1), interpolation="nearest"
   )
+  colors.set_extent((-0.5, end, end, -0.5))
   bar = figure.colorbar(colors, fraction=0.045, pad=0.02)
   bar.set_label("share of the true class")
   bar.set_ticks([0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1])
@@ -71,17 +68,12 @@ def confusion(
     axes.set_xticks(range(count), names, rotation=90)
     axes.set_yticks(range(count), names)
   if count <= MAX_NUMBERED:
+    style = {"ha": "center", "va": "center", "fontsize": 8}
     for (row, column), x in np.ndenumerate(share):
       if x > 0:
         text = f"{100 * x:.0f}" if x >= 0.01 else "<1"
         color = "white" if x > 0.35 else "black"
-        axes.text(
-          *(column, row, text),
-          ha="center",
-          va="center",
-          color=color,
-          fontsize=8,
-        )
+        axes.text(column, row, text, color=color, **style)
   axes.set_xlabel("predicted class")
   axes.set_ylabel("true class")
   cells = f" (a cell: {block} classes)" if block > 1 else ""

@@ -23,8 +23,8 @@ class Probes(NamedTuple):
   def scores(self, features: np.ndarray) -> np.ndarray:
     """(M, D) to (G, M, classes) float32; one probe at a time is computed."""
     x = np.asarray(features, np.float32)
-    weights = zip(np.asarray(self.kernel), np.asarray(self.bias))
-    return np.stack([x @ kernel + bias for kernel, bias in weights])
+    probes = zip(np.asarray(self.kernel), np.asarray(self.bias))
+    return np.stack([x @ kernel + bias for kernel, bias in probes])
 
 
 class FastProbe(NamedTuple):
@@ -54,6 +54,9 @@ class Row(NamedTuple):
   accuracy: float
 
 
+@functools.partial(
+  jax.jit, static_argnames=("num_classes", "epochs", "batch_size", "warmup")
+)
 def train_probes(
   features: np.ndarray,
   labels: np.ndarray,
@@ -90,73 +93,42 @@ def train_probes(
     diverged holds NaN or infinity.
   """
   batch_size = min(batch_size, len(features))
-  scale = batch_size / 256
-  return _train(
-    jnp.asarray(features, jnp.float32),
-    jnp.asarray(labels, jnp.int32),
-    scale * jnp.asarray(learning_rates, jnp.float32),
-    jnp.asarray(weight_decays, jnp.float32),
-    jax.random.key(seed),
-    num_classes=num_classes,
-    epochs=epochs,
-    batch_size=batch_size,
-    warmup=warmup,
-  )
-
-
-@functools.partial(
-  jax.jit, static_argnames=("num_classes", "epochs", "batch_size", "warmup")
-)
-def _train(
-  features,
-  labels,
-  learning_rates,
-  weight_decays,
-  key,
-  *,
-  num_classes,
-  epochs,
-  batch_size,
-  warmup,
-):
-  """`train_probes` on the device, the learning rates as they are applied."""
   per_epoch = len(features) // batch_size
   total = epochs * per_epoch
   schedule = optimizers.warmup_cosine(
-    1.0, warmup_steps=round(warmup * total), total_steps=total
+    batch_size / 256, warmup_steps=round(warmup * total), total_steps=total
   )
-  shape = len(learning_rates), features.shape[1], num_classes
+  rates, decays = jnp.asarray(learning_rates), jnp.asarray(weight_decays)
+  features, labels = jnp.asarray(features, jnp.float32), jnp.asarray(labels)
+  shape = len(rates), features.shape[1], num_classes
   probes = Probes(jnp.zeros(shape), jnp.zeros(shape[::2]))
-  momentum = optax.trace(decay=0.9)
 
-  def loss(probe, x, y):
+  @jax.grad
+  def gradient(probe, weight_decay, x, y):
     logits = jnp.matmul(x, probe.kernel, precision="highest")
     logits += probe.bias[None]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-    return losses.mean()
+    return losses.mean() + weight_decay / 2 * jnp.sum(probe.kernel**2)
 
-  @functools.partial(jax.vmap, in_axes=(0, 0, 0, 0, None, None, None))
-  def update(probe, trace, learning_rate, weight_decay, x, y, step):
-    gradient = jax.grad(loss)(probe, x, y)
-    decayed = gradient.kernel + weight_decay * probe.kernel
-    updates, trace = momentum.update(gradient._replace(kernel=decayed), trace)
-    rate = learning_rate * schedule(step)
-    return jax.tree.map(lambda p, u: p - rate * u, probe, updates), trace
+  def one_step(carry, step_and_rows):
+    step, rows = step_and_rows
+    probes, trace = carry
+    found = jax.vmap(gradient, (0, 0, None, None))(
+      probes, decays, features[rows], labels[rows]
+    )
+    trace = jax.tree.map(lambda t, g: 0.9 * t + g, trace, found)
+    rate = schedule(step) * rates
+    probes = jax.vmap(optax.tree.add_scale)(probes, -rate, trace)
+    return (probes, trace), None
 
   def epoch(carry, number):
-    order = jax.random.permutation(
-      jax.random.fold_in(key, number), len(features)
-    )
+    order = jax.random.fold_in(jax.random.key(seed), number)
+    order = jax.random.permutation(order, len(features))
+    rows = order[: per_epoch * batch_size].reshape(per_epoch, batch_size)
+    steps = number * per_epoch + jnp.arange(per_epoch)
+    return jax.lax.scan(one_step, carry, (steps, rows))[0], None
 
-    def one_step(carry, i):
-      rows = jax.lax.dynamic_slice_in_dim(order, i * batch_size, batch_size)
-      step = number * per_epoch + i
-      x, y = features[rows], labels[rows]
-      return update(*carry, learning_rates, weight_decays, x, y, step), None
-
-    return jax.lax.scan(one_step, carry, jnp.arange(per_epoch))[0], None
-
-  start = probes, jax.vmap(momentum.init)(probes)
+  start = probes, jax.tree.map(jnp.zeros_like, probes)
   return jax.lax.scan(epoch, start, jnp.arange(epochs))[0][0]
 
 
@@ -231,17 +203,13 @@ def normalize(
   """
   train, test = (np.asarray(x, np.float32) for x in (train, test))
   if kind == "standardize":
-    mean = train.mean(0, dtype=np.float64)
-    deviation = train.std(0, dtype=np.float64)
-    constant = deviation <= 1e-6 * (1e-6 + np.abs(mean))
-    deviation = np.where(constant, 1, deviation)
-    return tuple(
-      ((x - mean) / deviation).astype(np.float32) for x in (train, test)
-    )
+    mean, deviation = (f(train, 0, np.float64) for f in (np.mean, np.std))
+    deviation[deviation <= 1e-6 * (1e-6 + np.abs(mean))] = 1
+    return tuple(np.float32((x - mean) / deviation) for x in (train, test))
   if kind == "l2":
-    norms = (np.linalg.norm(x, axis=1, keepdims=True) for x in (train, test))
     return tuple(
-      x / np.where(norm > 0, norm, 1) for x, norm in zip((train, test), norms)
+      x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30)
+      for x in (train, test)
     )
   if kind == "none":
     return train, test
