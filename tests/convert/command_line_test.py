@@ -58,7 +58,8 @@ def test_the_spelling_of_transformers_5_comes_back(tmp_path):
     ([SOURCE, "new"], "umae_jax: .*give num_heads"),
     (["absent.pth", "new"], "umae_jax: absent.pth: no such file"),
     ([SOURCE, SOURCE, *HEADS], "exists, and is not overwritten"),
-    ([".", "new"], "umae_jax: "),
+    ([".", "new"], "umae_jax: .*no readable checkpoint"),
+    ([SOURCE, "new", *HEADS, "--image_size=30"], "30 x 30 pixels does not"),
   ],
 )
 def test_errors_are_told_without_a_traceback(

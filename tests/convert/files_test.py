@@ -84,7 +84,7 @@ MALFORMED = {
   "4 GB header": (
     ".safetensors",
     lambda _: with_header({}, 4 << 30),
-    "claims a header of 4294967296 bytes and has 74 in all",
+    "claims a header of 4294967296 of its 74 bytes",
   ),
   "header not JSON": (
     ".safetensors",

@@ -217,9 +217,8 @@ def test_a_pretraining_run(tmp_path, pretrained):
   model, params = convert.load_pretrained(run)
   assert model == MAE
   chex.assert_trees_all_equal(params, pretrained)
-  # Its image size is known: other forms can be written.
   (tmp_path / "config.json").write_text(json.dumps({"task": "pretrain"}))
-  with pytest.raises(UserError, match=r"neither a run's.*'model.patch_size'"):
+  with pytest.raises(UserError, match=r"neither a run's.*'data.image_size'"):
     convert.load_pretrained(run)
 
 

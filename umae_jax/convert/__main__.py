@@ -13,7 +13,7 @@ import argparse
 import pathlib
 import sys
 
-from umae_jax import UserError, models
+from umae_jax import UserError, config, models
 from umae_jax.convert import export, fetch, files, sources
 
 
@@ -51,15 +51,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def describe(loaded: sources.Loaded) -> str:
-  """ "ViT-B/16, decoder 512 x 8", for people."""
-  model = loaded.model
-  sizes = {"Ti": (192, 12), "S": (384, 12), "B": (768, 12)}
-  sizes |= {"L": (1024, 24), "H": (1280, 32)}
-  known = [k for k, x in sizes.items() if x == (model.width, model.depth)]
-  name = (
-    f"ViT-{known[0]}/" if known else f"ViT {model.width} x {model.depth}, /"
-  )
-  text = f"{name}{model.patch_size}, {model.num_heads} heads"
+  """For people: ViT-B/16, 12 heads, decoder 512 x 8."""
+  model, name = loaded.model, "ViT "
+  for known, sizes in config.MODELS.items():
+    if (model.width, model.depth) == (sizes["width"], sizes["depth"]):
+      name = f"ViT-{known.removeprefix('vit_').title()}"
+  if name == "ViT ":
+    name = f"ViT {model.width} x {model.depth}, "
+  text = f"{name}/{model.patch_size}, {model.num_heads} heads"
   if isinstance(model, models.Classifier):
     text += f", {model.num_classes} classes, pool {model.pool}"
   elif "decoder/mask_token" in loaded.params:

@@ -9,7 +9,7 @@ import numpy as np
 
 from umae_jax import UserError, checkpoint, models
 from umae_jax.convert import files, names, shapes, sources
-from umae_jax.models import patches, vit
+from umae_jax.models import vit
 
 FORMS = ("umae_jax", "mae", "timm", "huggingface")
 
@@ -48,7 +48,12 @@ def write(
   if form == "huggingface":
     _write_hugging_face(path, model, flat, image_size, origin)
   else:
-    _refuse_other_suffix(path)
+    if path.suffix != ".safetensors":
+      raise UserError(
+        f"{path}: this form is written as a .safetensors file; name it so. "
+        "PyTorch reads it with safetensors.torch.load_file, and torch.save of "
+        "{'model': what that gives} makes a .pth."
+      )
     tensors = names.encode(flat, form, model.patch_size)
     with files.new(path) as temporary:
       files.write_tensors(temporary, tensors)
@@ -75,28 +80,19 @@ def _with_tables(flat, model, image_size):
           "the form stores a table of positions, and the parameters have none: "
           "give the image_size=(H, W) that it shall be of (--image_size)."
         )
-      grid = patches.grid_shape(image_size, model.patch_size)
+      grid = sources.grid_shape(image_size, model.patch_size, "the export")
       flat[f"{part}/pos_embed"] = sources.fixed_table(grid, width)
   length = flat["encoder/pos_embed"].shape[1] - 1
   if image_size is None:
     side = round(length**0.5)
     image_size = (side * model.patch_size,) * 2
-  grid = patches.grid_shape(image_size, model.patch_size)
+  grid = sources.grid_shape(image_size, model.patch_size, "the export")
   if grid[0] * grid[1] != length:
     raise UserError(
       f"pos_embed has {length} patches, and image_size={image_size} "
       f"{grid[0] * grid[1]}; give the size that it is of."
     )
   return flat, image_size
-
-
-def _refuse_other_suffix(path):
-  if path.suffix != ".safetensors":
-    raise UserError(
-      f"{path}: this form is written as a .safetensors file, which PyTorch "
-      "reads with safetensors.torch.load_file; name it so. (torch.save of "
-      "{'model': what that gives} makes a .pth.)"
-    )
 
 
 def _write_hugging_face(path, model, flat, image_size, origin):
@@ -133,6 +129,7 @@ def _architecture(model, flat, origin):
 def _settings(kind, model, flat, image_size):
   """The config.json of the architecture `kind`."""
   values = len(flat["encoder/patch_embed/kernel"])
+  square = image_size[0] == image_size[1]
   settings = {
     "architectures": [kind],
     "model_type": "vit_mae" if kind.startswith("ViTMAE") else "vit",
@@ -143,9 +140,7 @@ def _settings(kind, model, flat, image_size):
     "hidden_act": "gelu",
     "qkv_bias": True,
     "layer_norm_eps": model.norm_epsilon,
-    "image_size": (
-      image_size[0] if image_size[0] == image_size[1] else list(image_size)
-    ),
+    "image_size": image_size[0] if square else list(image_size),
     "patch_size": model.patch_size,
     "num_channels": values // model.patch_size**2,
     "dtype": "float32",

@@ -61,13 +61,9 @@ def _read_safetensors(path):
   size = path.stat().st_size
   with path.open("rb") as file:
     header = int.from_bytes(file.read(8), "little")
-  if size < 8 or header > size - 8:
-    raise UserError(
-      f"{path} is not a readable safetensors file: it claims a header of "
-      f"{header} bytes and has {size} in all; it may be truncated: copy or "
-      "download it again."
-    )
   try:
+    if size < 8 or header > size - 8:
+      raise TypeError(f"it claims a header of {header} of its {size} bytes")
     with safe_open(path, "numpy") as file:
       arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
   except (SafetensorError, AttributeError, KeyError, TypeError) as error:

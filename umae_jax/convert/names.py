@@ -6,6 +6,7 @@ One table a format, used in both directions. N is the number of a block.
 from collections.abc import Collection, Mapping
 import re
 
+import jax
 import numpy as np
 
 _BLOCK = {
@@ -180,15 +181,13 @@ def decode(
   return flat
 
 
-def flatten(tree: Mapping, prefix: str = "") -> dict[str, np.ndarray]:
+def flatten(tree: Mapping) -> dict[str, np.ndarray]:
   """{"a/b": leaf} of a nested dict."""
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, Mapping):
-      flat |= flatten(value, f"{prefix}{key}/")
-    else:
-      flat[prefix + key] = value
-  return flat
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x)
+    for path, x in leaves
+  }
 
 
 def unflatten(flat: Mapping[str, np.ndarray]) -> dict:

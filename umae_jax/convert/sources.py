@@ -130,51 +130,53 @@ def _read_hugging_face(path, tensors):
 def _load_exported(path):
   """What `save` wrote with to="umae_jax"."""
   params, model = checkpoint.load_params(path)
-  facts = dict(model or {})
-  image_size, origin = facts.pop("image_size", None), facts.pop("origin", {})
-  model = shapes.make_model(facts, path)
-  flat = names.flatten(params)
-  _refuse_misfits(model, flat, path)
-  size = image_size and tuple(image_size)
-  return Loaded(model, flat, size, "umae_jax", [], origin)
+  fields = dict(model or {})
+  size, origin = fields.pop("image_size", None), fields.pop("origin", {})
+  return _ours(fields, params, size, origin, path)
 
 
 def _load_run(path):
   """A run's work directory: the newest good checkpoint of any task."""
   settings = files.read_json(path / "config.json")
   try:
-    task = settings["task"]
+    task, size = settings["task"], settings["data.image_size"]
     fields = {k: settings[f"model.{k}"] for k in _FIELDS}
-    decoder = {k: settings[f"model.{k}"] for k in _DECODER}
-    image_size = tuple(settings["data.image_size"])
-  except (KeyError, TypeError) as error:
-    raise UserError(
-      f"{path} is neither a run's work directory nor an exported model: "
-      f"{error} is not in its config.json."
-    ) from error
-  params, _ = checkpoint.load_params(path)
-  if task == "finetune":
-    params = params.get("ema") or params
-    fields["pool"] = settings["classifier.pool"]
-    fields["drop_path"] = settings["classifier.drop_path"]
-  elif task == "linear_probe":
-    if settings["probe.feature"] != "cls":
+    params, _ = checkpoint.load_params(path)
+    if task == "pretrain":
+      fields |= {k: settings[f"model.{k}"] for k in _DECODER}
+      return _ours(fields, params, size, {}, path)
+    if task == "finetune":
+      params = params.get("ema") or params
+      fields |= {k: settings[f"classifier.{k}"] for k in ("pool", "drop_path")}
+    elif settings["probe.feature"] == "cls":
+      params = _fold(params, grid_shape(size, fields["patch_size"], path))
+      fields["pool"] = "cls"
+    else:
       raise UserError(
         f"{path} is a linear probe of {settings['probe.feature']!r}; only that "
         "of 'cls' is a classifier of ours. Load the encoder from the "
         "pretraining instead."
       )
-    grid = patches.grid_shape(image_size, fields["patch_size"])
-    params = _fold(params, grid)
-    fields["pool"] = "cls"
-  if task == "pretrain":
-    fields |= decoder
-  else:
     fields["num_classes"] = params["head"]["kernel"].shape[1]
-  model = shapes.make_model(fields, path)
-  flat = names.flatten(params)
-  _refuse_misfits(model, flat, path)
-  return Loaded(model, flat, image_size, "umae_jax", [], {})
+  except KeyError as error:
+    raise UserError(
+      f"{path} is neither a run's work directory nor an exported model: "
+      f"{error} is not in its config.json or its parameters."
+    ) from error
+  return _ours(fields, params, size, {}, path)
+
+
+def _ours(fields, params, size, origin, path):
+  """What is stored as ours, if the parameters are exactly the model's."""
+  model, flat = shapes.make_model(fields, path), names.flatten(params)
+  found = {k: x.shape for k, x in flat.items()}
+  tables = {k: found[k] for k in _TABLES if k in found}
+  values = found.get("encoder/patch_embed/kernel", (0,))[0]
+  channels = max(values // model.patch_size**2, 1)
+  decoder = any(k.startswith("decoder/") for k in found)
+  expected = shapes.expected_shapes(model, channels, decoder, tables)
+  shapes.compare(found, expected, path)
+  return Loaded(model, flat, size and tuple(size), "umae_jax", [], origin)
 
 
 def _fold(params, grid):
@@ -188,17 +190,6 @@ def _fold(params, grid):
   if table is None:
     table = fixed_table(grid, len(norm["mean"]))
   return {"encoder": encoder | {"pos_embed": table}, "head": head}
-
-
-def _refuse_misfits(model, flat, path):
-  """Raises UserError unless our own parameters are exactly the model's."""
-  found = {k: x.shape for k, x in flat.items()}
-  tables = {k: found[k] for k in _TABLES if k in found}
-  values = found.get("encoder/patch_embed/kernel", (0,))[0]
-  channels = max(values // model.patch_size**2, 1)
-  decoder = any(k.startswith("decoder/") for k in found)
-  expected = shapes.expected_shapes(model, channels, decoder, tables)
-  shapes.compare(found, expected, path)
 
 
 def fixed_table(grid: tuple[int, int], width: int) -> np.ndarray:
@@ -215,24 +206,31 @@ def _place(loaded, image_size, path):
     side = round((table.shape[1] - 1) ** 0.5)
     old = (p * side, p * side) if side**2 == table.shape[1] - 1 else None
   size = old if image_size is None else tuple(image_size)
-  for name in _TABLES:
-    if name not in params:
-      continue
+  old_grid, grid = (x and grid_shape(x, p, path) for x in (old, size))
+  for name in [x for x in _TABLES if x in params]:
+    table = params[name]
     try:
-      if size != old:
-        grids = (patches.grid_shape(x, p) if x else None for x in (size, old))
-        params[name] = patches.resize_positions(params[name], *grids)
-      table, grid = params[name], size and patches.grid_shape(size, p)
+      if grid != old_grid:
+        table = patches.resize_positions(table, grid, old_grid)
       if grid and grid[0] * grid[1] != table.shape[1] - 1:
         raise ValueError(f"{name} has {table.shape[1] - 1} rows for patches.")
     except ValueError as error:
       raise UserError(f"{path}, images of {size}: {error}") from error
+    params[name] = table
     plain = isinstance(loaded.model, models.MaskedAutoencoder)
     if plain and grid and table.shape[2] % 4 == 0:
       fixed = fixed_table(grid, table.shape[2])
       if table.tobytes() == fixed.tobytes():
         del params[name]
   return loaded._replace(params=params, image_size=size)
+
+
+def grid_shape(size, patch_size, where):
+  """`patches.grid_shape`, whose error names the source."""
+  try:
+    return patches.grid_shape(size, patch_size)
+  except (TypeError, ValueError) as error:
+    raise UserError(f"{where}, images of {size}: {error}") from error
 
 
 def _pair(size):
