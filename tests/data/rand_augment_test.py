@@ -14,14 +14,15 @@ LEVELS = (-1.0, -0.62, 0.0, 0.33, 0.9)
 
 
 def photograph(write, channels=3, size=(60, 80)):
-  """Waves, an edge, noise, a bright area; not all of the range; a JPEG."""
+  """Waves, an edge, noise, a bright area, not all of the range."""
   x = write.picture(3, size=size).astype(float) * 0.7 + 20
   x[:, 50:] *= 0.6
   x += np.random.default_rng(0).normal(size=x.shape) * 6
-  x[:20, :40] = 230
   data = write.encode(np.clip(x, 0, 255).astype(np.uint8), quality=90)
   image = Image.open(io.BytesIO(data))
-  return np.asarray(image if channels == 3 else image.convert("L"))
+  image = np.array(image if channels == 3 else image.convert("L"))
+  image[:20, :40] = 250  # More than a few pixels of the brightest value.
+  return image
 
 
 def affine(image, level, matrix):
