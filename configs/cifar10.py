@@ -72,7 +72,9 @@ def get_config(variant: str = "vit_ti2") -> ml_collections.ConfigDict:
   if variant == "small" and c.task == "linear_probe":
     c.batch_size = 2000
     c.num_epochs = 10.0
-    c.optimizer.base_lr = 1.0
+    c.optimizer.base_lr = (
+      6.4 * 256 / 2000
+    )  # LARS steps are relative: MAE's 6.4.
     c.optimizer.warmup_epochs = 1.0
     c.data.crop_scale = (0.5, 1.0)
   if variant == "small" and c.task == "finetune":

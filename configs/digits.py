@@ -56,7 +56,7 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
   if variant == "linear_probe":
     config.linear_probe(c)
     c.batch_size = 280  # A fifth of the images.
-    c.optimizer.base_lr = 2.0
+    c.optimizer.base_lr = 6.4 * 256 / 280  # LARS steps are relative: MAE's 6.4.
     c.data.crop_scale = ()
     c.evaluation.train_images = 0
   if variant == "finetune":

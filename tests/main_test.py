@@ -281,6 +281,97 @@ def test_sigterm_stops_two_processes_at_one_step(start, finish, tmp_path):
   assert f"resuming after step {saved}." in output
 
 
+EVALUATE = [
+  "--config.model.depth=1",
+  "--config.batch_size=64",
+  "--config.log.every_steps=1",
+]
+EPOCH = ["--config.num_epochs=1", "--config.optimizer.warmup_epochs=0.5"]
+
+
+def test_fine_tuning_is_the_same_in_two_processes(
+  reference, start, finish, tmp_path
+):
+  """Losses, and every test image counted once, whoever reads it."""
+  flags = [
+    "--config=configs/digits.py:finetune",
+    *EVALUATE,
+    *EPOCH,
+    f"--config.pretrained={reference[0]}",
+    "--config.data.rand_augment=9",
+    "--config.classifier.random_erasing=0.25",
+    "--config.classifier.ema_decay=0.9",
+  ]
+  code, _, errors = finish(*flags, f"--workdir={tmp_path / 'one'}")
+  assert code == 0, errors
+  processes = start_two(start, *flags, f"--workdir={tmp_path / 'two'}")
+  outputs = [process.communicate(timeout=300) for process in processes]
+  assert [p.returncode for p in processes] == [0, 0], outputs
+  log, expected = (read_log(tmp_path / x, "train") for x in ("two", "one"))
+  assert len(log) == 21
+  np.testing.assert_allclose(
+    [x["loss"] for x in log], [x["loss"] for x in expected], rtol=1e-4
+  )
+  two, one = (
+    json.loads((tmp_path / x / "summary.json").read_text())
+    for x in ("two", "one")
+  )
+  assert one["test_images"] == two["test_images"] == 397
+  assert one["top1_accuracy"] == two["top1_accuracy"] > 0.1
+  tables = [
+    (tmp_path / x / "per_class.csv").read_text() for x in ("two", "one")
+  ]
+  assert tables[0] == tables[1]
+  assert sum(int(x.split(",")[1]) for x in tables[0].splitlines()[1:]) == 397
+  for name in ("confusion", "curves"):
+    png = (tmp_path / "two" / f"{name}.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+
+
+def test_a_linear_probe_keeps_the_bits_of_the_encoder(
+  reference, finish, tmp_path
+):
+  flags = [
+    "--config=configs/digits.py:linear_probe",
+    *EVALUATE,
+    *EPOCH,
+    f"--config.pretrained={reference[0]}",
+    f"--workdir={tmp_path}",
+  ]
+  code, output, errors = finish(*flags, devices=8)
+  assert code == 0, errors
+  _, probed = read_state(tmp_path)
+  _, pretrained = read_state(reference[0])
+  before, after = (x["params"]["encoder"] for x in (pretrained, probed))
+  jax.tree.map(
+    lambda x, y: x.tobytes() == y.tobytes() or pytest.fail("changed"),
+    *(before, after),
+  )
+  assert np.abs(probed["params"]["head"]["bias"]).max() > 0
+  assert "top5_accuracy" in output
+
+
+def test_features_are_written_once(reference, finish, tmp_path):
+  flags = [
+    "--config=configs/digits.py",
+    *EVALUATE,
+    "--config.task=features",
+    f"--config.pretrained={reference[0]}",
+    f"--workdir={tmp_path}",
+  ]
+  code, output, errors = finish(*flags, devices=8)
+  assert code == 0, errors
+  assert "No training, evaluation only; 8 x cpu." in output
+  found = np.load(tmp_path / "features.npz")
+  assert found["features"].shape == (397, 64)
+  assert found["labels"].shape == (397,)
+  before = (tmp_path / "features.npz").stat().st_mtime_ns
+  code, output, errors = finish(*flags, devices=8)
+  assert code == 0, errors
+  assert "is finished" in output
+  assert (tmp_path / "features.npz").stat().st_mtime_ns == before
+
+
 @pytest.mark.parametrize(
   "flags, message",
   [
@@ -294,6 +385,11 @@ def test_sigterm_stops_two_processes_at_one_step(start, finish, tmp_path):
     ([*SMALL, "--steps=3"], "Unknown command line flag 'steps'"),
     ([*SMALL, "more"], r"unexpected arguments \['more'\]"),
     ([*SMALL, "--config.data.name=cifar"], "config.data.name='cifar'"),
+    ([*SMALL, "--config.task=features"], "set --config.pretrained to"),
+    (
+      [*SMALL, "--config.task=features", "--config.pretrained=/no/such.pth"],
+      r"/no/such\.pth",
+    ),
   ],
 )
 def test_wrong_usage_is_told_in_one_line(finish, tmp_path, flags, message):

@@ -24,6 +24,7 @@ def config():
   c.data.update(name="made", eval_split="test", image_size=SIZE)
   c.data.crop_scale = (0.5, 1.0)
   c.model.update(patch_size=8, width=32, depth=2, num_heads=4)
+  c.model.update(decoder_width=24, decoder_depth=2, decoder_num_heads=3)
   c.optimizer.warmup_epochs = 0.0
   c.evaluation.train_images = 0
   c.probe.update(epochs=(3,), batch_sizes=(64,), draws=3)

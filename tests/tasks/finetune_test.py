@@ -22,23 +22,20 @@ def init(task, mesh):
   )
 
 
-def train(task, mesh, images, labels, micro_batches=1, steps=2):
-  """States after 0, 1, ... steps, and the last metrics."""
+def train(task, mesh, images, labels, steps=2):
+  """States after 0, 1, ... steps."""
   state = init(task, mesh)
   layout = jax.tree.map(lambda x: x.sharding, state)
   step = train_step.make_train_step(
-    task.objective,
-    *(task.optimizer, mesh, layout),
-    seed=0,
-    micro_batches=micro_batches,
+    task.objective, task.optimizer, mesh, layout, seed=0
   )
   states = [jax.device_get(state)]
   for i in range(steps):
     rows = slice(64 * i, 64 * (i + 1))
     batch = {"image": images[rows], "label": labels[rows]}
-    state, scalars = step(state, sharding.to_global(batch, mesh))
+    state, _ = step(state, sharding.to_global(batch, mesh))
     states.append(jax.device_get(state))
-  return states, jax.device_get(scalars)
+  return states
 
 
 def test_the_run_starts_from_the_weights(config, make_task):
@@ -67,26 +64,16 @@ def test_without_weights_the_run_starts_from_scratch(config, make_task):
   assert kernel.std() > 0
 
 
-def test_averages_follow_and_micro_batches_do_not_matter(
-  config, make_task, train_images
-):
+def test_averages_follow_the_training(config, make_task, train_images):
   config.optimizer.base_lr = 1e-2
-  task, mesh = make_task(finetune.make, config)
-  states, scalars = train(task, mesh, *train_images)
+  task, mesh = make_task(finetune.make, config, num_devices=2)
+  states = train(task, mesh, *train_images)
   average = states[0].params["head"]["kernel"]
   for state in states[1:]:
     average = 0.5 * average + 0.5 * state.params["head"]["kernel"]
   last = states[-1].params
   np.testing.assert_allclose(last["ema"]["head"]["kernel"], average, rtol=1e-5)
   assert np.abs(last["head"]["kernel"] - average).max() > 1e-6
-  one, mesh = make_task(finetune.make, config, num_devices=1)
-  others, same = train(one, mesh, *train_images, micro_batches=4)
-  np.testing.assert_allclose(same["loss"], scalars["loss"], rtol=1e-4)
-  np.testing.assert_allclose(
-    others[-1].params["encoder"]["block1"]["fc1"]["kernel"],
-    last["encoder"]["block1"]["fc1"]["kernel"],
-    atol=1e-4,
-  )
 
 
 def test_averages_are_what_is_evaluated(config, make_task):
@@ -126,7 +113,7 @@ def test_without_options_the_loss_is_plain_cross_entropy(config, make_task):
     jax.random.key(0), {"image": image, "label": labels}
   )
   x = inputs.normalize(jnp.asarray(image), config.data.mean, config.data.std)
-  np.testing.assert_allclose(batch["image"], x)
+  np.testing.assert_allclose(batch["image"], x, rtol=1e-4, atol=1e-5)
   loss, _ = task.objective.loss(params, batch, None)
   model = finetune.make_model(config, mesh, 10)
   logits = model.apply({"params": params}, x)

@@ -89,6 +89,7 @@ def load_pretrained(
     config.pretrained,
     image_size=tuple(config.data.image_size),
     num_heads=config.model.num_heads,
+    decoder_num_heads=config.model.decoder_num_heads,
   )
   differing = [
     f"config.model.{key}={config.model[key]}, there {getattr(model, key)}"
