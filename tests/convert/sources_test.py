@@ -222,6 +222,24 @@ def test_a_pretraining_run(tmp_path, pretrained):
     convert.load_pretrained(run)
 
 
+def test_computed_positions_are_interpolated_too(tmp_path, pretrained):
+  """Not computed anew: the encoder has seen rows 0 and 1, and no row 3."""
+  run = make_run(tmp_path, pretrained)
+  _, params = convert.load_pretrained(run, image_size=(16, 24))
+  for part, width in (("encoder", 16), ("decoder", 8)):
+    whole = patches.sincos_positions((2, 3), width)
+    whole = np.pad(whole, ((0, 0), (1, 0), (0, 0)))
+    expected = patches.resize_positions(whole, (4, 6), (2, 3))
+    np.testing.assert_array_equal(params[part]["pos_embed"], expected)
+
+
+def test_the_number_of_heads_in_a_file_wins(tmp_path, pretrained):
+  folder = tmp_path / "hf"
+  convert.save(folder, MAE, pretrained, to="huggingface", image_size=(8, 12))
+  model, _ = convert.load_pretrained(folder, num_heads=4, decoder_num_heads=1)
+  assert (model.num_heads, model.decoder_num_heads) == (2, 4)
+
+
 @pytest.mark.parametrize("averaged", [False, True])
 def test_a_finetuning_run(tmp_path, averaged):
   model = models.Classifier(4, 16, 1, 2, 5, "mean", 2.0, 0.25)

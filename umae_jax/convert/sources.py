@@ -78,8 +78,8 @@ def load_file(
   found = {k: x.shape for k, x in tensors.items()}
   fields = shapes.find_fields(found, form, path)
   heads = (
-    num_heads or facts.get("num_heads"),
-    decoder_num_heads or facts.get("decoder_num_heads"),
+    facts.get("num_heads") or num_heads,
+    facts.get("decoder_num_heads") or decoder_num_heads,
   )
   fields |= shapes.find_heads(fields, *heads, path)
   kept = ("norm_epsilon", "depth", "decoder_depth")
@@ -207,6 +207,14 @@ def _place(loaded, image_size, path):
     old = (p * side, p * side) if side**2 == table.shape[1] - 1 else None
   size = old if image_size is None else tuple(image_size)
   old_grid, grid = (x and grid_shape(x, p, path) for x in (old, size))
+  plain = isinstance(loaded.model, models.MaskedAutoencoder)
+  if plain and old_grid and grid != old_grid:  # Ours, which are computed.
+    widths = {"encoder": loaded.model.width}
+    if "decoder/mask_token" in params:
+      widths["decoder"] = loaded.model.decoder_width
+    for part, width in widths.items():
+      table = fixed_table(old_grid, width)
+      params.setdefault(f"{part}/pos_embed", table)
   for name in [x for x in _TABLES if x in params]:
     table = params[name]
     try:
@@ -217,7 +225,6 @@ def _place(loaded, image_size, path):
     except ValueError as error:
       raise UserError(f"{path}, images of {size}: {error}") from error
     params[name] = table
-    plain = isinstance(loaded.model, models.MaskedAutoencoder)
     if plain and grid and table.shape[2] % 4 == 0:
       fixed = fixed_table(grid, table.shape[2])
       if table.tobytes() == fixed.tobytes():
