@@ -72,17 +72,20 @@ def get_config(variant: str = "vit_ti2") -> ml_collections.ConfigDict:
   if variant == "small" and c.task == "linear_probe":
     c.batch_size = 2000
     c.num_epochs = 10.0
+    c.evaluation.every_epochs = 5.0
     c.optimizer.base_lr = (
       6.4 * 256 / 2000
     )  # LARS steps are relative: MAE's 6.4.
     c.optimizer.warmup_epochs = 1.0
     c.data.crop_scale = (0.5, 1.0)
   if variant == "small" and c.task == "finetune":
-    c.batch_size = 256
-    c.num_epochs = 5.0
-    c.optimizer.base_lr = 1e-3
+    c.batch_size = 128
+    c.num_epochs = 10.0
+    c.optimizer.base_lr = 2e-3
     c.optimizer.warmup_epochs = 1.0
     c.data.crop_scale = (0.5, 1.0)
+    c.data.rand_augment = 0.0  # Regularisation is for long runs.
+    c.classifier.update(mixup=0.0, cutmix=0.0, random_erasing=0.0)
   if variant == "smoke":  # Checks the wiring only; made images.
     c.batch_size = 32
     c.num_epochs = 1.0

@@ -66,7 +66,7 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
     c.optimizer.base_lr = 2e-3
     c.data.crop_scale = (0.6, 1.0)
     c.data.rand_augment = 0.0  # Of 8 x 8 pixels.
-    c.classifier.random_erasing = 0.0
+    c.classifier.update(mixup=0.0, cutmix=0.0, random_erasing=0.0)
     c.evaluation.every_epochs = 20.0
   if variant == "smoke":  # Checks the wiring only.
     c.batch_size = 64
