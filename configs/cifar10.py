@@ -73,9 +73,8 @@ def get_config(variant: str = "vit_ti2") -> ml_collections.ConfigDict:
     c.batch_size = 2000
     c.num_epochs = 10.0
     c.evaluation.every_epochs = 5.0
-    c.optimizer.base_lr = (
-      6.4 * 256 / 2000
-    )  # LARS steps are relative: MAE's 6.4.
+    # LARS steps are relative: the peak rate is MAE's, 6.4, at any batch.
+    c.optimizer.base_lr = 6.4 * 256 / c.batch_size
     c.optimizer.warmup_epochs = 1.0
     c.data.crop_scale = (0.5, 1.0)
   if variant == "small" and c.task == "finetune":

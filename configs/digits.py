@@ -56,7 +56,8 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
   if variant == "linear_probe":
     config.linear_probe(c)
     c.batch_size = 280  # A fifth of the images.
-    c.optimizer.base_lr = 6.4 * 256 / 280  # LARS steps are relative: MAE's 6.4.
+    # LARS steps are relative: the peak rate is MAE's, 6.4, at any batch.
+    c.optimizer.base_lr = 6.4 * 256 / c.batch_size
     c.data.crop_scale = ()
     c.evaluation.train_images = 0
   if variant == "finetune":

@@ -30,7 +30,7 @@ def shared():
 def load_config():
   """Returns (name, variant) -> the configuration of configs/<name>.py."""
 
-  def load(name, variant):
+  def load(name, variant="default"):
     file = REPOSITORY / "configs" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)

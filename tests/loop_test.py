@@ -1,8 +1,6 @@
 """The loop itself, with a task of one weight."""
 
 import contextlib
-import importlib.util
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +20,6 @@ from umae_jax import (
   workdir,
 )
 from umae_jax import run as run_lib
-
-REPOSITORY = pathlib.Path(__file__).parents[1]
-
-
-def load(name, variant):
-  file = REPOSITORY / "configs" / f"{name}.py"
-  spec = importlib.util.spec_from_file_location(name, file)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(variant)
 
 
 class Batches:
@@ -176,8 +164,8 @@ def test_unreadable_images_are_in_the_log(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "imagenet100", "imagenet1k"])
-def test_every_smoke_variant_runs(name, tmp_path, capsys):
-  run = run_lib.prepare(load(name, "smoke"), str(tmp_path / "run"))
+def test_every_smoke_variant_runs(name, load_config, tmp_path, capsys):
+  run = run_lib.prepare(load_config(name, "smoke"), str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
   assert loop.train(run)
   assert "is finished" in capsys.readouterr().out
@@ -185,8 +173,8 @@ def test_every_smoke_variant_runs(name, tmp_path, capsys):
     assert (tmp_path / "run" / file).exists()
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-  c = load("digits", "smoke")
+def test_a_checkpoint_of_another_model_is_refused(load_config, tmp_path):
+  c = load_config("digits", "smoke")
   run = run_lib.prepare(c, str(tmp_path))
   state = train_step.init_state(
     lambda key: {"w": jnp.ones(3)},

@@ -1,21 +1,8 @@
 """What is checked before a run starts."""
 
-import importlib.util
-import pathlib
-
 import pytest
 
 from umae_jax import UserError, run
-
-REPOSITORY = pathlib.Path(__file__).parents[1]
-
-
-def load(name, variant):
-  file = REPOSITORY / "configs" / f"{name}.py"
-  spec = importlib.util.spec_from_file_location(name, file)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(variant)
 
 
 @pytest.mark.parametrize(
@@ -34,19 +21,19 @@ def load(name, variant):
   ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_written(
-  tmp_path, changes, message
+  load_config, tmp_path, changes, message
 ):
-  c = load("digits", "smoke")
+  c = load_config("digits", "smoke")
   c.update_from_flattened_dict(changes)
   with pytest.raises(UserError, match=message):
     run.prepare(c, str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_without_images_is_refused(tmp_path):
+def test_a_folder_without_images_is_refused(load_config, tmp_path):
   for name in ("cat", "dog"):
     (tmp_path / "data" / name).mkdir(parents=True)
-  c = load("digits", "smoke")
+  c = load_config("digits", "smoke")
   c.data.update(name="folder", directory=str(tmp_path / "data"))
   with pytest.raises(UserError, match=r"config\.data\.directory"):
     run.prepare(c, str(tmp_path / "run"))

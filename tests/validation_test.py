@@ -1,21 +1,6 @@
-import importlib.util
-import pathlib
-
 import pytest
 
 from umae_jax import UserError, validation
-
-REPOSITORY = pathlib.Path(__file__).parents[1]
-
-
-def load(path):
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-DIGITS = REPOSITORY / "configs" / "digits.py"
 
 
 @pytest.mark.parametrize(
@@ -57,22 +42,22 @@ DIGITS = REPOSITORY / "configs" / "digits.py"
     ("optimizer.base_lr", -1.0, "base_lr=-1.0 must be greater than 0"),
   ],
 )
-def test_bad_value_is_named_with_its_remedy(key, value, message):
-  config = load(DIGITS).get_config()
+def test_bad_value_is_named_with_its_remedy(load_config, key, value, message):
+  config = load_config("digits")
   config.update_from_flattened_dict({key: value})
   with pytest.raises(UserError, match=message):
     validation.validate(config, num_devices=16)
 
 
-def test_a_width_that_cannot_hold_positions_is_named():
-  config = load(DIGITS).get_config()
+def test_a_width_that_cannot_hold_positions_is_named(load_config):
+  config = load_config("digits")
   config.model.update(width=66, num_heads=3)
   with pytest.raises(UserError, match=r"model.width=66 .*multiple of 4"):
     validation.validate(config, num_devices=1)
 
 
-def test_a_patch_of_one_value_cannot_be_normalised():
-  config = load(DIGITS).get_config()
+def test_a_patch_of_one_value_cannot_be_normalised(load_config):
+  config = load_config("digits")
   config.model.patch_size = 1
   validation.validate(config, num_devices=1)
   config.loss.normalize_pixels = True
@@ -91,34 +76,36 @@ def test_a_patch_of_one_value_cannot_be_normalised():
     ("loss.unif", 0.5, "config.loss.unif is not a key"),
   ],
 )
-def test_keys_and_types_are_those_of_the_defaults(key, value, message):
-  config = load(DIGITS).get_config()
+def test_keys_and_types_are_those_of_the_defaults(
+  load_config, key, value, message
+):
+  config = load_config("digits")
   with config.ignore_type():
     config.update_from_flattened_dict({key: value})
   with pytest.raises(UserError, match=message):
     validation.validate(config, num_devices=1)
 
 
-def test_a_missing_key_is_named():
-  config = load(DIGITS).get_config()
+def test_a_missing_key_is_named(load_config):
+  config = load_config("digits")
   del config.loss.mask_ratio
   with pytest.raises(UserError, match=r"config.loss.mask_ratio is missing"):
     validation.validate(config, num_devices=1)
 
 
-def test_an_integer_will_do_for_a_float():
-  config = load(DIGITS).get_config()
+def test_an_integer_will_do_for_a_float(load_config):
+  config = load_config("digits")
   config.num_epochs = 100
   validation.validate(config, num_devices=1)
 
 
-def test_fine_tuning_may_only_evaluate():
-  config = load(DIGITS).get_config("finetune")
+def test_fine_tuning_may_only_evaluate(load_config):
+  config = load_config("digits", "finetune")
   config.num_epochs = 0.0
   validation.validate(config, num_devices=1)
 
 
-def test_mask_ratio_matters_to_pretraining_alone():
-  config = load(DIGITS).get_config("finetune")
+def test_mask_ratio_matters_to_pretraining_alone(load_config):
+  config = load_config("digits", "finetune")
   config.loss.mask_ratio = 0.99
   validation.validate(config, num_devices=1)

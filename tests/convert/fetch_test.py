@@ -54,13 +54,12 @@ def server(tmp_path, monkeypatch):
     thread.join()
 
 
-def test_a_file_is_downloaded_once(server, tmp_path, caplog):
+def test_a_file_is_downloaded_once(server, tmp_path, capsys):
   address, asked = server
   url = f"{address}/a/weights.safetensors?download=1"
-  with caplog.at_level("INFO"):
-    path = fetch.local(url)
+  path = fetch.local(url)
   assert path.read_bytes() == WEIGHTS and path.parent == tmp_path / "cache"
-  assert f"sha256 {fetch.files.sha256(path)}" in caplog.text
+  assert f"sha256 {fetch.files.sha256(path)}" in capsys.readouterr().err
   assert fetch.local(url) == path and len(asked) == 1
   model, _ = convert.load_pretrained(url, num_heads=4, decoder_num_heads=3)
   assert model.width == 32

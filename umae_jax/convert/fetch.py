@@ -6,11 +6,10 @@ import http.client
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 import urllib.parse
 import urllib.request
-
-from absl import logging
 
 from umae_jax import UserError
 from umae_jax.convert import files
@@ -24,7 +23,7 @@ def local(source: str | os.PathLike) -> pathlib.Path:
   Args:
     source: a local path, `hf://owner/name[/file]` or `https://...`. What is
       downloaded is kept: by huggingface_hub, or in $UMAE_JAX_CACHE
-      (~/.cache/umae_jax); its SHA-256 is logged.
+      (~/.cache/umae_jax); its SHA-256 is printed.
 
   Raises:
     UserError: it cannot be had.
@@ -39,7 +38,7 @@ def local(source: str | os.PathLike) -> pathlib.Path:
   else:
     raise UserError(f"{source}: give a local path, hf://... or https://...")
   for file in [path] if path.is_file() else [path / "model.safetensors"]:
-    logging.info("%s: sha256 %s", source, files.sha256(file))
+    print(f"{source}: sha256 {files.sha256(file)}", file=sys.stderr)
   return path
 
 
