@@ -58,14 +58,13 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
     c.batch_size = 280  # A fifth of the images.
     # LARS steps are relative: the peak rate is MAE's, 6.4, at any batch.
     c.optimizer.base_lr = 6.4 * 256 / c.batch_size
-    c.data.crop_scale = ()
-    c.evaluation.train_images = 0
+    c.data.update(crop_scale=(), flip=False)
   if variant == "finetune":
     config.finetune(c)
     c.batch_size = 128
     c.num_epochs = 60.0
     c.optimizer.base_lr = 2e-3
-    c.data.crop_scale = (0.6, 1.0)
+    c.data.update(crop_scale=(0.6, 1.0), flip=False)
     c.data.rand_augment = 0.0  # Of 8 x 8 pixels.
     c.classifier.update(mixup=0.0, cutmix=0.0, random_erasing=0.0)
     c.evaluation.every_epochs = 20.0

@@ -102,6 +102,9 @@ def test_an_integer_will_do_for_a_float(load_config):
 def test_fine_tuning_may_only_evaluate(load_config):
   config = load_config("digits", "finetune")
   config.num_epochs = 0.0
+  with pytest.raises(UserError, match=r"with config\.pretrained may evaluate"):
+    validation.validate(config, num_devices=1)
+  config.pretrained = "runs/finetuned"
   validation.validate(config, num_devices=1)
 
 

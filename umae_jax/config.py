@@ -17,7 +17,11 @@ MODELS = {
 }
 
 # Keys that do not change what a run computes: a resumed run may change them.
-FREE_KEYS = ("checkpoint.", "mesh.", "data.directory", "data.max_unreadable")
+# (Weights are told by their checksum, wherever they lie.)
+FREE_KEYS = (
+  *("checkpoint.", "mesh.", "data.directory", "data.max_unreadable"),
+  "pretrained",
+)
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -139,6 +143,7 @@ def linear_probe(c: ml_collections.ConfigDict) -> None:
   c.batch_size = 16_384
   c.num_epochs = 90.0
   c.data.crop_scale = (0.08, 1.0)
+  c.data.flip = True
   c.optimizer.base_lr = 0.1
   c.optimizer.warmup_epochs = 10.0
   c.optimizer.weight_decay = 0.0
@@ -157,6 +162,7 @@ def finetune(c: ml_collections.ConfigDict) -> None:
   c.batch_size = 1024
   c.num_epochs = 50.0 if large else 100.0
   c.data.crop_scale = (0.08, 1.0)
+  c.data.flip = True
   c.data.rand_augment = 9.0
   c.classifier.layer_decay = 0.75 if large else 0.65
   c.classifier.drop_path = 0.3 if huge else 0.2 if large else 0.1

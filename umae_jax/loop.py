@@ -13,6 +13,7 @@ from umae_jax import (
   train_step,
   workdir,
 )
+from umae_jax import config as config_lib
 from umae_jax.analysis import pictures
 from umae_jax.data import pipeline
 from umae_jax.run import Run, conclude, describe
@@ -36,8 +37,8 @@ def train(run: Run) -> bool:
   with contextlib.ExitStack() as stack:
     if first:
       stack.enter_context(workdir.lock(run.directory))
-    if steps == 0 and (run.directory / workdir.SUMMARY).exists():
-      sharding.synchronize("found finished")
+    if steps == 0 and is_evaluated(run):
+      sharding.synchronize("found evaluated")
       if first:
         conclude(run)
       return True
@@ -67,6 +68,13 @@ def train(run: Run) -> bool:
   return finished
 
 
+def is_evaluated(run) -> bool:
+  """Whether a run without steps has its result, of this configuration."""
+  return (run.directory / workdir.SUMMARY).exists() and not workdir.changed(
+    run.directory, run.identity, config_lib.FREE_KEYS
+  )
+
+
 def restore_or_init(run, checkpoints):
   """(state, its step): the newest good checkpoint's, or a new one."""
   key = jax.random.key(run.config.seed)
@@ -75,7 +83,7 @@ def restore_or_init(run, checkpoints):
   arguments = (*arguments, task.objective.frozen, task.given)
   restored = checkpoints.restore_newest(train_step.abstract_state(*arguments))
   if restored is None:
-    if (run.directory / workdir.SUMMARY).exists():
+    if (run.directory / workdir.SUMMARY).exists() and run.plan.total_steps:
       raise UserError(
         f"--workdir={run.directory} holds a finished run whose checkpoints are "
         "gone; restore them, or use another --workdir."

@@ -80,8 +80,7 @@ def prepare(
     "found.eval_images": eval_source.num_examples,
     "found.classes": zlib.crc32("\n".join(train_source.class_names).encode()),
   }
-  if task.given is not None:
-    identity["found.pretrained"] = task.fingerprint
+  identity |= {f"found.{key}": x for key, x in task.found.items()}
   path = workdir.local_path(directory)
   workdir.check(
     path,

@@ -143,9 +143,9 @@ def _validate_task(config):
     "'pretrain', which starts afresh; set it to '', or the task to another.",
   )
   _require(
-    config.num_epochs > 0 or config.task == "finetune",
+    config.num_epochs > 0 or (config.task == "finetune" and config.pretrained),
     "config.num_epochs=0 must be greater than 0; only config.task='finetune' "
-    "may evaluate without training.",
+    "with config.pretrained may evaluate without training.",
   )
   probe = config.probe
   for key in ("learning_rates", "weight_decays", "epochs", "batch_sizes"):

@@ -49,12 +49,12 @@ def check(
         "not known what made them; use another --workdir."
       )
     return
-  old = _read_config(path / CONFIG)
-  changes = [
-    f"  config.{key}: {old.get(key)!r} there, {config.get(key)!r} now"
-    for key in sorted(old.keys() | config.keys())
-    if old.get(key) != config.get(key) and not key.startswith(tuple(free_keys))
-  ]
+  changes = changed(path, config, free_keys)
+  if any(change.startswith("  config.task:") for change in changes):
+    raise UserError(
+      f"--workdir={path} holds a run of another task; use another --workdir.\n"
+      + "\n".join(changes)
+    )
   if changes and not allow_change:
     raise UserError(
       f"--workdir={path} holds a run of another configuration:\n"
@@ -62,6 +62,21 @@ def check(
       + "\nUse another --workdir, or set these back; --allow_config_change "
       "resumes that run with the new values."
     )
+
+
+def changed(
+  path: pathlib.Path, config: dict[str, Any], free_keys: Sequence[str]
+) -> list[str]:
+  """The keys that differ from the run in a directory, in words.
+
+  Arguments as those of `check`; there is a run.
+  """
+  old = _read_config(path / CONFIG)
+  return [
+    f"  config.{key}: {old.get(key)!r} there, {config.get(key)!r} now"
+    for key in sorted(old.keys() | config.keys())
+    if old.get(key) != config.get(key) and not key.startswith(tuple(free_keys))
+  ]
 
 
 def claim(path: pathlib.Path, config: dict[str, Any]) -> None:

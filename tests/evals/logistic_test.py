@@ -6,6 +6,7 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
+from umae_jax import UserError
 from umae_jax.evals import classification, logistic
 
 NAN = float("nan")
@@ -58,7 +59,8 @@ def test_every_probe_of_the_grid_is_a_descent_of_its_own():
     np.testing.assert_allclose(probes.kernel[i], kernel, atol=1e-5)
     np.testing.assert_allclose(probes.bias[i], bias, atol=1e-5)
     want = x_test @ kernel + bias
-    np.testing.assert_allclose(probes.scores(x_test)[i], want, atol=1e-4)
+    scores = list(probes.scores(x_test))[i]
+    np.testing.assert_allclose(scores, want, atol=1e-4)
   assert abs(bias).max() > 0.01
 
 
@@ -69,7 +71,7 @@ def test_converges_to_scikit_learns_solution():
   probes = train(x, y, [0.3], [decay], epochs=300, batch_size=500)
   model = LogisticRegression(C=1 / (500 * decay), tol=1e-8).fit(x, y)
   want = model.predict_log_proba(x_test)
-  scores = probes.scores(x_test)[0].astype(np.float64)
+  scores = next(probes.scores(x_test)).astype(np.float64)
   got = scores - np.log(np.exp(scores).sum(1, keepdims=True))
   np.testing.assert_allclose(got, want, atol=5e-3)
 
@@ -106,6 +108,19 @@ def fast(data, **options):
   return logistic.fast_probe(*data[:3], num_classes=10, **options)
 
 
+@pytest.mark.parametrize(
+  "size, options, message",
+  [
+    (9, {}, "9 training images are too few"),
+    (500, {"learning_rates": [1e38] * 4}, r"diverged.*probe.learning_rates"),
+  ],
+)
+def test_what_gives_no_probe_is_told(size, options, message):
+  x, y, x_test, _ = digits()
+  with pytest.raises(UserError, match=message):
+    fast((x[:size], y[:size], x_test), **options)
+
+
 def test_the_best_pair_on_held_out_rows_is_refitted_on_all(monkeypatch):
   fits, train_probes = [], logistic.train_probes
 
@@ -122,7 +137,7 @@ def test_the_best_pair_on_held_out_rows_is_refitted_on_all(monkeypatch):
   np.testing.assert_array_equal(all_labels, y)
   want, scaled = logistic.normalize(x, x_test, "standardize")
   np.testing.assert_array_equal(whole, want)
-  np.testing.assert_array_equal(result.scores, last.scores(scaled)[0])
+  np.testing.assert_array_equal(result.scores, next(last.scores(scaled)))
   assert classification.top_k_accuracy(result.scores, y_test, 1) > 0.85
   # The held-out rows are those not fitted, scaled as the fitted ones are.
   np.testing.assert_allclose(fitted.mean(0), 0, atol=1e-5)

@@ -161,6 +161,37 @@ def test_weights_that_do_not_fit_the_pool_are_refused(
     make_task(finetune.make, config)
 
 
+@pytest.fixture
+def finetuned(config, monkeypatch):
+  """Weights with a head of ten classes and an epsilon of their own."""
+  model = models.Classifier(
+    *(8, 32, 2, 4), num_classes=10, pool="mean", norm_epsilon=1e-3
+  )
+  params = jax.jit(model.init)(jax.random.key(3), jnp.zeros((1, 32, 32, 3)))
+  params = jax.device_get(params["params"])
+  monkeypatch.setattr(inputs, "load_pretrained", lambda *_: (model, params))
+  config.classifier.ema_decay = 0.0
+  return params
+
+
+def test_training_starts_with_a_new_head(finetuned, config, make_task):
+  task, _ = make_task(finetune.make, config)
+  assert set(task.given) == {"encoder"}
+  assert task.found["norm_epsilon"] == 1e-3
+
+
+def test_without_training_the_weights_are_evaluated(
+  finetuned, config, make_task
+):
+  config.num_epochs = 0.0
+  task, mesh = make_task(finetune.make, config)
+  params = jax.device_get(init(task, mesh).params)
+  jax.tree.map(np.testing.assert_array_equal, params, finetuned)
+  del finetuned["head"]
+  with pytest.raises(UserError, match=r"head/bias: \(10,\) here, None there"):
+    make_task(finetune.make, config)
+
+
 @pytest.mark.parametrize(
   "model, epochs, rate, decay, drop",
   [
@@ -180,4 +211,8 @@ def test_the_recipe_is_maes(model, epochs, rate, decay, drop):
   assert c.classifier.layer_decay == decay
   assert c.classifier.drop_path == drop
   assert (c.optimizer.b2, c.optimizer.min_lr) == (0.999, 1e-6)
-  assert c.data.rand_augment == 9
+  assert c.data.rand_augment == 9 and c.data.flip
+  assert tuple(c.data.crop_scale) == (0.08, 1.0)
+  options = c.classifier
+  assert (options.mixup, options.cutmix) == (0.8, 1.0)
+  assert (options.label_smoothing, options.random_erasing) == (0.1, 0.25)

@@ -60,7 +60,7 @@ def test_fast_probes_report_every_figure(config, make_task):
   assert {
     "top1_accuracy",
     "top5_accuracy",
-    "ridge_accuracy",
+    "linear_accuracy",
     "knn_accuracy",
     "few_shot_2_accuracy",
     "few_shot_2_deviation",

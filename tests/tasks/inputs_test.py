@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from umae_jax import UserError, sharding
+from umae_jax import UserError, models, sharding
 from umae_jax.tasks import inputs
 
 
@@ -19,12 +19,14 @@ def test_auto_dtype_is_float32_on_a_cpu(config):
   assert inputs.compute_dtype(config, mesh) == jnp.bfloat16
 
 
-def test_the_fingerprint_tells_weights_apart():
+def test_facts_tell_weights_apart():
+  model = models.MaskedAutoencoder(*(8, 32, 2, 4, 16, 1, 2), norm_epsilon=0.5)
   tree = {"a": np.arange(3.0), "b": [np.ones(2)]}
   other = {"a": np.arange(3.0), "b": [np.ones(2) + 1e-7]}
-  assert inputs.fingerprint(tree) == inputs.fingerprint(dict(tree))
-  assert inputs.fingerprint(tree) != inputs.fingerprint(other)
-  assert inputs.fingerprint(None) == 0
+  facts = inputs.facts(model, tree)
+  assert facts == inputs.facts(model, dict(tree))
+  assert facts != inputs.facts(model, other)
+  assert facts["norm_epsilon"] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -144,4 +144,16 @@ def test_the_recipe_is_maes():
   assert plan.learning_rate == pytest.approx(6.4)
   assert (plan.total_steps, plan.warmup_steps) == (90 * 78, 10 * 78)
   assert c.optimizer.weight_decay == 0
-  assert tuple(c.data.crop_scale) == (0.08, 1.0)
+  assert tuple(c.data.crop_scale) == (0.08, 1.0) and c.data.flip
+
+
+def test_constants_of_head_and_batch_norm():
+  """Kernel of deviation 0.01; epsilon 1e-6 inside of the root."""
+  head = linear_probe.init_head(jax.random.key(0), 768, 1000)
+  np.testing.assert_allclose(head["kernel"].std(), 0.01, rtol=0.01)
+  assert not head["bias"].any()
+  head = {"kernel": jnp.eye(2), "bias": jnp.array([0.0, 5.0])}
+  got = linear_probe.classify(
+    head, jnp.array([[3.0, 3.0]]), jnp.array([2.0, 1.0]), jnp.array([3e-6, 4.0])
+  )
+  np.testing.assert_allclose(got, [[500, 6]], rtol=1e-5)

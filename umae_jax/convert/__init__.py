@@ -57,8 +57,8 @@ def load_pretrained(
       `https://...` of such a file.
     image_size: (H, W). The position embeddings of the source are interpolated
       if they are of another size; None: as they are.
-    num_heads: of the encoder, where neither the source nor the list of
-      published models tells.
+    num_heads: of the encoder, where the source does not tell; None: as the
+      published model of this width and depth.
     decoder_num_heads: likewise.
 
   Returns:

@@ -11,6 +11,7 @@ Exit codes: 0 written, 2 wrong usage or weights.
 
 import argparse
 import pathlib
+import re
 import sys
 
 from umae_jax import UserError, config, models
@@ -94,6 +95,8 @@ def _parser():
 
 
 def _size(text):
+  if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", text):
+    raise argparse.ArgumentTypeError(f"{text!r} is no N or HxW, in pixels")
   numbers = [int(x) for x in text.split("x")]
   return (numbers[0], numbers[-1])
 

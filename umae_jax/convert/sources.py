@@ -141,6 +141,8 @@ def _load_run(path):
   try:
     task, size = settings["task"], settings["data.image_size"]
     fields = {k: settings[f"model.{k}"] for k in _FIELDS}
+    if "found.norm_epsilon" in settings:  # Of weights from elsewhere.
+      fields["norm_epsilon"] = settings["found.norm_epsilon"]
     params, _ = checkpoint.load_params(path)
     if task == "pretrain":
       fields |= {k: settings[f"model.{k}"] for k in _DECODER}

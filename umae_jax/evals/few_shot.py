@@ -49,8 +49,8 @@ def few_shot_accuracy(
   if counts[rarest] < shots:
     raise UserError(
       f"shots={shots} images of each class are more than the "
-      f"{counts[rarest]} of class {rarest}; use shots <= {counts[rarest]}, or "
-      "a training set with more images of that class."
+      f"{counts[rarest]} of class {rarest}; take a smaller number, or a "
+      "training set with more images of that class."
     )
   rows = (np.cumsum(counts) - counts)[:, None] + np.arange(shots)
   test = np.asarray(test_features, np.float64)

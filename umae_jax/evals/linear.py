@@ -83,15 +83,18 @@ def ridge_scores(x, y, x_test, num_classes, penalties) -> list[np.ndarray]:
   mean, deviation = x.mean(0), x.std(0)
   deviation = np.where(deviation > 1e-12 * (1 + np.abs(mean)), deviation, 1)
   x, x_test = (x - mean) / deviation, (x_test - mean) / deviation
-  targets = np.eye(num_classes)[y]
-  prior = targets.mean(0)
+  prior = np.bincount(y, minlength=num_classes) / len(y)
   # Either X^T X = V diag(e) V^T, or, where that is smaller, X X^T (the kernel
   # form of the same solution); each penalty then costs one small product.
   wide = x.shape[1] > len(x)
   eigenvalues, vectors = np.linalg.eigh(x @ x.T if wide else x.T @ x)
   eigenvalues = np.maximum(eigenvalues, 0)  # Round-off may leave -1e-13.
   # (N or D, num_classes), and (M, N or D):
-  right = targets - prior if wide else x.T @ (targets - prior)
+  if wide:
+    right = np.eye(num_classes)[y] - prior
+  else:  # x is centred, so the targets need not be; sums by class, no N x C.
+    sums = [x[y == label].sum(0) for label in range(num_classes)]
+    right = np.stack(sums, axis=1)
   left = x_test @ x.T if wide else x_test
   right, left = vectors.T @ right, left @ vectors
   return [

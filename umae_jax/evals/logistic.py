@@ -1,6 +1,6 @@
 """Linear softmax probes on cached features, many hyper-parameters at once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import functools
 import itertools
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from umae_jax import optimizers
+from umae_jax import UserError, optimizers
 from umae_jax.evals import classification
 
 
@@ -20,11 +20,11 @@ class Probes(NamedTuple):
   kernel: jax.Array
   bias: jax.Array
 
-  def scores(self, features: np.ndarray) -> np.ndarray:
-    """(M, D) to (G, M, classes) float32; one probe at a time is computed."""
+  def scores(self, features: np.ndarray) -> Iterator[np.ndarray]:
+    """(M, D) to G times (M, classes) float32, one probe at a time."""
     x = np.asarray(features, np.float32)
-    probes = zip(np.asarray(self.kernel), np.asarray(self.bias))
-    return np.stack([x @ kernel + bias for kernel, bias in probes])
+    for kernel, bias in zip(np.asarray(self.kernel), np.asarray(self.bias)):
+      yield x @ kernel + bias
 
 
 class FastProbe(NamedTuple):
@@ -161,8 +161,16 @@ def fast_probe(
     seed: of the held-out rows and of the order.
     held_out: fraction of the training rows, in (0, 1).
     normalization: see `normalize`.
+
+  Raises:
+    UserError: fewer than ten training examples, or every probe diverged.
   """
   x, y = np.asarray(train_features), np.asarray(train_labels)
+  if len(x) < 10:
+    raise UserError(
+      f"{len(x)} training images are too few to hold some out; give ten or "
+      "more (config.evaluation.train_images, config.data.train_split)."
+    )
   out = np.zeros(len(x), bool)
   order = np.random.default_rng(seed).permutation(len(x))
   out[order[: max(1, round(held_out * len(x)))]] = True
@@ -184,7 +192,14 @@ def fast_probe(
   pair = learning_rates[best], weight_decays[best]
   x, x_test = normalize(x, test_features, normalization)
   probe = train(x, y, learning_rates=pair[:1], weight_decays=pair[1:])
-  return FastProbe(probe.scores(x_test)[0], *map(float, pair), accuracy)
+  (scores,) = probe.scores(x_test)
+  if not np.isfinite(scores).all():
+    raise UserError(
+      f"the linear probe diverged, also with the best pair on held-out images "
+      f"(learning rate, weight decay)={pair}; give smaller "
+      "config.probe.learning_rates or weight_decays."
+    )
+  return FastProbe(scores, *map(float, pair), accuracy)
 
 
 def normalize(

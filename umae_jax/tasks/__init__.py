@@ -1,8 +1,9 @@
 """What can be trained: each task hands the loop what is its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import pathlib
+import types
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -45,7 +46,7 @@ class Task(NamedTuple):
     evaluate: params -> Evaluation; every process must call it, and gets the
       same figures.
     given: pretrained parameters, or None.
-    fingerprint: checksum of these, for the run's identity.
+    found: what is known of these, for the run's identity.
   """
 
   init: Callable[..., Any]
@@ -54,4 +55,4 @@ class Task(NamedTuple):
   schedule: optax.Schedule
   evaluate: Callable[[Any], Evaluation]
   given: Any = None
-  fingerprint: int = 0
+  found: Mapping[str, object] = types.MappingProxyType({})

@@ -22,7 +22,10 @@ def make(
   eval_source: sources.Source,
 ) -> Task:
   """The task of a validated configuration; without weights, from scratch."""
-  model = make_model(config, mesh, len(train_source.class_names))
+  source, weights = None, None
+  if config.pretrained:
+    source, weights = inputs.load_pretrained(config, mesh)
+  model = make_model(config, mesh, len(train_source.class_names), source)
   shape = (1, *config.data.image_size, config.data.channels)
   decay = config.classifier.ema_decay
 
@@ -36,17 +39,12 @@ def make(
     params = params["ema"] if decay else params
     return model.apply({"params": params}, images)
 
-  given = None
-  if config.pretrained:
-    given = pretrained_part(
-      config, mesh, jax.eval_shape(init, jax.random.key(0))
-    )
-  schedule = optimizers.warmup_cosine(
-    plan.learning_rate,
-    warmup_steps=plan.warmup_steps,
-    total_steps=plan.total_steps,
-    min_learning_rate=config.optimizer.min_lr,
-  )
+  given, found = None, {}
+  if source:
+    expected = jax.eval_shape(init, jax.random.key(0))
+    given = pretrained_part(config, weights, expected)
+    found = inputs.facts(source, given)
+  schedule = inputs.make_schedule(config, plan)
   adamw = optimizers.adamw(
     schedule,
     b1=config.optimizer.b1,
@@ -61,14 +59,17 @@ def make(
     schedule,
     classification.make_evaluation(logits, config, mesh, eval_source),
     given=given,
-    fingerprint=inputs.fingerprint(given),
+    found=found,
   )
 
 
 def make_model(
-  config: ml_collections.ConfigDict, mesh: Mesh, num_classes: int
+  config: ml_collections.ConfigDict,
+  mesh: Mesh,
+  num_classes: int,
+  source: models.MaskedAutoencoder | models.Classifier | None = None,
 ) -> models.Classifier:
-  """The classifier, of `config.model`'s encoder."""
+  """The classifier, of `config.model`'s encoder; `source` = pretrained one."""
   encoder = ("patch_size", "width", "depth", "num_heads", "mlp_ratio")
   return models.Classifier(
     **{key: config.model[key] for key in encoder},
@@ -76,24 +77,24 @@ def make_model(
     pool=config.classifier.pool,
     drop_path=config.classifier.drop_path,
     dtype=inputs.compute_dtype(config, mesh),
+    **({"norm_epsilon": source.norm_epsilon} if source else {}),
   )
 
 
-def pretrained_part(config, mesh, expected):
-  """What of `config.pretrained` goes into a classifier, {key: tree}.
+def pretrained_part(config, params, expected):
+  """What of pretrained parameters goes into a classifier, {key: tree}.
 
-  The encoder; and the head, if there is one for as many classes. Positions
-  that the weights leave to be computed stay those of `expected`.
+  The encoder; its head starts anew, as MAE's, unless there is no training.
+  Positions that the weights leave to be computed stay those of `expected`.
 
   Args:
     config: of the run.
-    mesh: of the run.
+    params: pretrained.
     expected: shapes of the classifier's parameters.
 
   Raises:
-    UserError: weights that cannot be read, or do not fit.
+    UserError: they do not fit.
   """
-  _, params = inputs.load_pretrained(config, mesh)
   encoder = dict(params["encoder"])
   if "norm" not in expected["encoder"]:
     encoder.pop("norm", None)  # As MAE: `fc_norm` starts anew.
@@ -104,23 +105,22 @@ def pretrained_part(config, mesh, expected):
     }
     for tree in (expected, params | {"encoder": encoder})
   )
+  parts = ("encoder",) if config.num_epochs else ("encoder", "fc_norm", "head")
   wrong = [
     f"{key}: {here.get(key)} here, {there.get(key)} there"
     for key in sorted(here | there)
-    if key.startswith("encoder/")
+    if key.split("/")[0] in parts
     and here.get(key) != there.get(key)
     and (key != "encoder/pos_embed" or key in there)
   ]
   if wrong:
     raise UserError(
       f"config.pretrained={config.pretrained!r} does not fit a classifier of "
-      f"config.classifier.pool={config.classifier.pool!r}: {wrong[:5]}."
+      f"config.classifier.pool={config.classifier.pool!r}: {wrong[:5]}. Set "
+      "it, or the data set, to that of the weights."
     )
-  tops = [key for key in here if key.startswith(("fc_norm/", "head/"))]
-  if any(here[key] != there.get(key) for key in tops):
-    return {"encoder": encoder}
-  names = {key.split("/")[0] for key in tops}
-  return {"encoder": encoder} | {name: params[name] for name in names}
+  given = params | {"encoder": encoder}
+  return {part: given[part] for part in parts if part in expected}
 
 
 def make_objective(

@@ -17,9 +17,8 @@ from umae_jax import UserError, metrics
 from umae_jax import config as config_lib
 from umae_jax.analysis import spectrum
 from umae_jax.data import sources
-from umae_jax.evals import classification as measures
-from umae_jax.evals import few_shot, knn, linear, logistic
-from umae_jax.tasks import Evaluation, Task, classification, inputs
+from umae_jax.evals import few_shot, logistic
+from umae_jax.tasks import Evaluation, Task, classification, inputs, pretrain
 from umae_jax.train_step import Objective
 
 FEATURES = ("cls", "mean")
@@ -38,12 +37,11 @@ def make_features(
   It holds "features" (N, D) float32, "labels" (N,) int32 and "class_names".
   """
   del plan, train_source
-  encode, params = load_encoder(config, mesh)
+  model, params, encode = load_encoder(config, mesh, [config.probe.feature])
 
   def evaluate(params):
     limit = config.evaluation.test_images
-    found, labels = encode(params, eval_source, limit)
-    x = found[config.probe.feature]
+    (x,), labels = encode(params, eval_source, limit)
     values = spectrum.singular_values(x)
     scalars = {
       "images": len(x),
@@ -58,7 +56,7 @@ def make_features(
     )
     return Evaluation(scalars, files={"features.npz": write})
 
-  return make_task(params, evaluate)
+  return make_task(model, params, evaluate)
 
 
 def make_probes(
@@ -70,8 +68,10 @@ def make_probes(
 ) -> Task:
   """Task "linear_probe", its modes "fast" and "sweep"."""
   del plan
-  encode, params = load_encoder(config, mesh)
-  judge = {"fast": judge_all, "sweep": judge_recipes}[config.probe.mode]
+  sweep = config.probe.mode == "sweep"
+  wanted = FEATURES if sweep else [config.probe.feature]
+  model, params, encode = load_encoder(config, mesh, wanted)
+  judge = judge_recipes if sweep else judge_all
 
   def evaluate(params):
     limits = config.evaluation
@@ -79,32 +79,34 @@ def make_probes(
     test = encode(params, eval_source, limits.test_images)
     return judge(train, test, eval_source.class_names, config)
 
-  return make_task(params, evaluate)
+  return make_task(model, params, evaluate)
 
 
-def load_encoder(config, mesh):
+def load_encoder(config, mesh, wanted: Sequence[str]):
   """The encoder of `config.pretrained`.
 
   Returns:
-    encode: (params, source, limit) -> {"cls" or "mean": (N, D)}, labels (N,).
+    model: of it.
     params: of the encoder.
+    encode: (params, source, limit) -> the wanted features, each (N, D), and
+      labels (N,).
   """
   model, params = inputs.load_pretrained(config, mesh)
 
-  def both(params, images):
+  def pooled(params, images):
     tokens = model.apply({"params": params}, images, method=model.encode)
-    return jnp.concatenate([inputs.pool(tokens, x) for x in FEATURES], axis=1)
+    return jnp.concatenate([inputs.pool(tokens, x) for x in wanted], axis=1)
 
-  extract = inputs.make_extract(both, config, mesh)
+  extract = inputs.make_extract(pooled, config, mesh)
 
   def encode(params, source, limit):
     x, labels = extract(params, source, limit)
-    return dict(zip(FEATURES, np.split(x, len(FEATURES), axis=1))), labels
+    return np.split(x, len(wanted), axis=1), labels
 
-  return encode, {"encoder": params["encoder"]}
+  return model, {"encoder": params["encoder"]}, encode
 
 
-def make_task(params, evaluate) -> Task:
+def make_task(model, params, evaluate) -> Task:
   """A task whose parameters are given, and that only evaluates."""
   objective = Objective(None, None, None, frozen=tuple(params))
   return Task(
@@ -114,7 +116,7 @@ def make_task(params, evaluate) -> Task:
     optax.constant_schedule(0.0),
     evaluate,
     given=params,
-    fingerprint=inputs.fingerprint(params),
+    found=inputs.facts(model, params),
   )
 
 
@@ -122,16 +124,14 @@ def judge_all(train, test, class_names: Sequence[str], config) -> Evaluation:
   """Every probe on one kind of features; pictures and files of the fast one.
 
   Args:
-    train: ({feature: (N, D)}, labels (N,)) to learn from.
+    train: (one or more features (N, D), labels (N,)) to learn from.
     test: likewise, to be tested on; no choice depends on its labels.
     class_names: of all classes.
     config: of the run.
   """
-  probe, evaluation = config.probe, config.evaluation
+  probe = config.probe
   classes = len(class_names)
-  (x, y), (x_test, y_test) = (
-    (found[probe.feature], labels) for found, labels in (train, test)
-  )
+  ((x,), y), ((x_test,), y_test) = train, test
   pairs = itertools.product(probe.learning_rates, probe.weight_decays)
   rates, decays = zip(*pairs, strict=True)
   fast = logistic.fast_probe(
@@ -144,22 +144,14 @@ def judge_all(train, test, class_names: Sequence[str], config) -> Evaluation:
     seed=config.seed,
   )
   judged = classification.judge(fast.scores, y_test, class_names)
-  ridge = linear.ridge_probe_scores(x, y, x_test, num_classes=classes)
-  values = spectrum.singular_values(x_test)
   scalars = {
     "fast_linear_learning_rate": fast.learning_rate,
     "fast_linear_weight_decay": fast.weight_decay,
-    "ridge_accuracy": measures.top_k_accuracy(ridge, y_test, 1),
-    "ridge_top5_accuracy": measures.top_k_accuracy(ridge, y_test, 5),
-    "knn_accuracy": knn.weighted_knn(
-      *(x, y, x_test, y_test),
-      k=evaluation.knn_k,
-      temperature=evaluation.knn_temperature,
-      num_classes=classes,
-    ),
-    "effective_rank": spectrum.effective_rank(values),
-    "participation_ratio": spectrum.participation_ratio(values),
   }
+  values = spectrum.singular_values(x_test)
+  scalars |= pretrain.probes(
+    *((x, y), (x_test, y_test), values, classes, config.evaluation)
+  )
   notes = []
   for shots in map(int, probe.shots):
     try:
@@ -184,7 +176,7 @@ def judge_recipes(train, test, class_names: Sequence[str], config):
   """How far the recipe alone moves the accuracy; arguments as `judge_all`."""
   probe = config.probe
   rows = logistic.sweep(
-    {name: (train[0][name], test[0][name]) for name in FEATURES},
+    dict(zip(FEATURES, zip(train[0], test[0]))),
     *(train[1], test[1]),
     normalizations=NORMALIZATIONS,
     epochs=[int(x) for x in probe.epochs],

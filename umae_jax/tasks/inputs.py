@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import ml_collections
 import numpy as np
+import optax
 
-from umae_jax import UserError, convert, models, sharding
+from umae_jax import UserError, convert, models, optimizers, sharding
+from umae_jax import config as config_lib
 from umae_jax.data import pipeline, sources
 from umae_jax.evals import features
 
@@ -89,7 +91,7 @@ def load_pretrained(
     config.pretrained,
     image_size=tuple(config.data.image_size),
     num_heads=config.model.num_heads,
-    decoder_num_heads=config.model.decoder_num_heads,
+    decoder_num_heads=1,  # Of no use here, and of any decoder a divisor.
   )
   differing = [
     f"config.model.{key}={config.model[key]}, there {getattr(model, key)}"
@@ -110,12 +112,25 @@ def load_pretrained(
   return model.clone(dtype=compute_dtype(config, mesh)), params
 
 
-def fingerprint(params: Any) -> int:
-  """CRC-32 of all arrays of a tree, which tells one set of weights."""
-  return functools.reduce(
+def facts(model, params: Any) -> dict[str, object]:
+  """What tells one set of weights, {"pretrained": CRC-32, "norm_epsilon"}."""
+  crc = functools.reduce(
     lambda crc, x: zlib.crc32(np.ascontiguousarray(x).tobytes(), crc),
     jax.tree.leaves(params),
     0,
+  )
+  return {"pretrained": crc, "norm_epsilon": model.norm_epsilon}
+
+
+def make_schedule(
+  config: ml_collections.ConfigDict, plan: config_lib.Plan
+) -> optax.Schedule:
+  """Warm-up and cosine of the run."""
+  return optimizers.warmup_cosine(
+    plan.learning_rate,
+    warmup_steps=plan.warmup_steps,
+    total_steps=plan.total_steps,
+    min_learning_rate=config.optimizer.min_lr,
   )
 
 

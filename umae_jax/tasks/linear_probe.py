@@ -44,12 +44,7 @@ def make(
     norm = params["batch_norm"]
     return classify(params["head"], x, norm["mean"], norm["var"])
 
-  schedule = optimizers.warmup_cosine(
-    plan.learning_rate,
-    warmup_steps=plan.warmup_steps,
-    total_steps=plan.total_steps,
-    min_learning_rate=config.optimizer.min_lr,
-  )
+  schedule = inputs.make_schedule(config, plan)
   objective = make_objective(
     model,
     mean=config.data.mean,
@@ -64,7 +59,7 @@ def make(
     schedule,
     classification.make_evaluation(logits, config, mesh, eval_source),
     given=params["encoder"],
-    fingerprint=inputs.fingerprint(params["encoder"]),
+    found=inputs.facts(model, params["encoder"]),
   )
 
 
@@ -126,7 +121,7 @@ def make_objective(
     labels = batch["label"]
     losses = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
     correct = (scores.argmax(-1) == labels).mean()
-    return losses.mean(), {"train_accuracy": correct}
+    return losses.mean(), {"accuracy": correct}
 
   def follow(params, statistics):
     mean, var = moments(params, statistics)

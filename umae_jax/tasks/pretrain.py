@@ -35,12 +35,7 @@ def make(
     ratio = config.loss.mask_ratio
     return model.init(key, images, jnp.zeros((1, patches)), ratio)["params"]
 
-  schedule = optimizers.warmup_cosine(
-    plan.learning_rate,
-    warmup_steps=plan.warmup_steps,
-    total_steps=plan.total_steps,
-    min_learning_rate=config.optimizer.min_lr,
-  )
+  schedule = inputs.make_schedule(config, plan)
   optimizer = optimizers.adamw(
     schedule,
     b1=config.optimizer.b1,
