@@ -1,12 +1,14 @@
 """A small encoder with recorded weights, and data that it can see."""
 
 import pathlib
+import shutil
 
 import jax
+import numpy as np
 import pytest
 
+from umae_jax import checkpoint, loop, metrics, run, sharding
 from umae_jax import config as config_lib
-from umae_jax import sharding
 from umae_jax.data import sources
 
 REFERENCE = pathlib.Path(__file__).parents[1] / "reference"
@@ -45,6 +47,29 @@ def make_task():
     return make(config, plan, mesh, train, test), mesh
 
   return make_task
+
+
+@pytest.fixture
+def assert_resumes(tmp_path):
+  """A run whose last checkpoint is lost ends as if nothing had been."""
+
+  def assert_resumes(config):
+    config.checkpoint.every_steps = 3
+    config.log.every_steps = 1
+    config.evaluation.every_epochs = 0.0
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    assert loop.train(run.prepare(config, str(whole)))
+    shutil.copytree(whole, other)
+    shutil.rmtree(other / "checkpoints" / "8")
+    (other / "summary.json").unlink()
+    assert loop.train(run.prepare(config, str(other)))
+    logs = [metrics.read_log(x / "metrics.jsonl") for x in (whole, other)]
+    losses = [[x["loss"] for x in log if "loss" in x] for log in logs]
+    assert len(losses[0]) == 8 and losses[0] == losses[1]
+    params = [checkpoint.load_params(x)[0] for x in (whole, other)]
+    jax.tree.map(np.testing.assert_array_equal, *params)
+
+  return assert_resumes
 
 
 @pytest.fixture(scope="session")

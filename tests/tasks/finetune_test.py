@@ -76,6 +76,12 @@ def test_averages_follow_the_training(config, make_task, train_images):
   assert np.abs(last["head"]["kernel"] - average).max() > 1e-6
 
 
+def test_an_interrupted_fine_tuning_resumes(config, assert_resumes):
+  """Averaged parameters and augmentations included."""
+  config.data.rand_augment = 9.0
+  assert_resumes(config)
+
+
 def test_averages_are_what_is_evaluated(config, make_task):
   task, mesh = make_task(finetune.make, config)
   params = jax.device_get(init(task, mesh).params)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from umae_jax import models, train_step
+from umae_jax import UserError, loop, models, train_step
+from umae_jax import run as run_lib
 from umae_jax.data import sources
 from umae_jax.tasks import frozen, inputs
 
@@ -97,6 +98,24 @@ def test_the_sweep_has_a_row_for_every_recipe(config, make_task):
     max(accuracies), evaluation.scalars["highest_accuracy"], atol=1e-4
   )
   assert "standardize" in evaluation.table
+
+
+def test_a_finished_evaluation_is_that_of_its_configuration(config, tmp_path):
+  """The same again says so; another one is refused, or evaluated."""
+  config.task = "features"
+  assert loop.train(run_lib.prepare(config, str(tmp_path)))
+  first = (tmp_path / "features.npz").stat().st_mtime_ns
+  assert loop.train(run_lib.prepare(config, str(tmp_path)))
+  assert (tmp_path / "features.npz").stat().st_mtime_ns == first
+  config.probe.feature = "mean"
+  with pytest.raises(UserError, match="feature: 'cls' there, 'mean' now"):
+    run_lib.prepare(config, str(tmp_path))
+  changed = run_lib.prepare(config, str(tmp_path), allow_config_change=True)
+  assert loop.train(changed)
+  assert (tmp_path / "features.npz").stat().st_mtime_ns != first
+  config.task = "linear_probe"
+  with pytest.raises(UserError, match="holds a run of another task"):
+    run_lib.prepare(config, str(tmp_path), allow_config_change=True)
 
 
 def test_another_encoder_than_configured_is_refused(config, make_task):

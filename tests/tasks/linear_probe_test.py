@@ -122,6 +122,11 @@ def test_evaluation_uses_the_running_averages(trained, config, train_images):
   assert abs(other.scalars[key] - evaluation.scalars[key]) > 1e-3
 
 
+def test_an_interrupted_probe_resumes(config, assert_resumes):
+  """Running averages and momentum included."""
+  assert_resumes(config)
+
+
 def test_patches_mean_is_another_feature(config, make_task):
   config.probe.feature = "mean"
   tokens = jnp.arange(24.0).reshape(2, 3, 4)
