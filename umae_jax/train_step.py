@@ -45,6 +45,8 @@ class Objective(NamedTuple):
     loss: (params, batch, statistics) -> (scalar, {name: scalar}). Statistics
       are None, or those of the whole batch of which `batch` is one part; the
       mean of the parts' gradients is then the gradient of the whole.
+    prepare: (params, batch) -> batch, or None. What no gradient reaches, made
+      once of each part for both of the functions above: frozen features.
     frozen: top-level keys of the parameters that are not trained: no gradient
       is taken, no optimiser state kept, no bit of them changed.
     follow: (params, statistics) -> {key: tree}, or None. New values of frozen
@@ -54,6 +56,7 @@ class Objective(NamedTuple):
   randomize: Callable[[jax.Array, PyTree], PyTree]
   statistics: Callable[[PyTree, PyTree], PyTree] | None
   loss: Callable[[PyTree, PyTree, PyTree], tuple[jax.Array, Scalars]]
+  prepare: Callable[[PyTree, PyTree], PyTree] | None = None
   frozen: tuple[str, ...] = ()
   follow: Callable[[PyTree, PyTree], PyTree] | None = None
 
@@ -225,6 +228,8 @@ def gradients(
   needed = micro_batches > 1 or objective.follow is not None
   needed = needed and objective.statistics is not None
   if micro_batches == 1:
+    if objective.prepare is not None:
+      batch = objective.prepare(params, batch)
     if needed:
       statistics = objective.statistics(params, batch)
     return *grad(trained, batch, statistics), statistics
@@ -239,6 +244,9 @@ def gradients(
     return jax.lax.with_sharding_constraint(x, layout)
 
   parts = jax.tree.map(split, batch)
+  if objective.prepare is not None:
+    prepare = functools.partial(objective.prepare, params)
+    parts = jax.lax.map(prepare, parts)
   if needed:
     statistics = _mean_over(
       lambda part: objective.statistics(params, part), parts

@@ -122,6 +122,29 @@ def test_evaluation_uses_the_running_averages(trained, config, train_images):
   assert abs(other.scalars[key] - evaluation.scalars[key]) > 1e-3
 
 
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_an_image_is_encoded_once(
+  config, make_task, train_images, micro_batches
+):
+  """For the statistics of BatchNorm and for the loss, in any parts."""
+  task, mesh = make_task(linear_probe.make, config, 1)
+  params = init(task, mesh).params
+  batch = {"image": train_images[0][:64], "label": train_images[1][:64]}
+
+  def count(function, *arguments):
+    return str(jax.make_jaxpr(function)(*arguments)).count("dot_general")
+
+  encoder = count(task.objective.prepare, params, batch)
+  step = count(
+    lambda params, batch: train_step.gradients(
+      task.objective, params, batch, micro_batches
+    ),
+    *(params, batch),
+  )
+  assert encoder > 10
+  assert step == encoder + 2  # The head's, forwards and backwards.
+
+
 def test_an_interrupted_probe_resumes(config, assert_resumes):
   """Running averages and momentum included."""
   assert_resumes(config)

@@ -102,11 +102,12 @@ def make_objective(
 
   def encode(params, batch):
     images = inputs.normalize(batch["image"], mean, std)
-    return features(model, feature, params, images)
+    x = features(model, feature, params, images)
+    return {"feature": x, "label": batch["label"]}
 
   def statistics(params, batch):
     # About the running mean, for a variance by subtraction loses digits.
-    x = encode(params, batch) - params["batch_norm"]["mean"][None]
+    x = batch["feature"] - params["batch_norm"]["mean"][None]
     return {"mean": x.mean(0), "square": jnp.square(x).mean(0)}
 
   def moments(params, statistics):
@@ -116,7 +117,7 @@ def make_objective(
     )
 
   def loss(params, batch, statistics):
-    x = encode(params, batch)
+    x = batch["feature"]
     scores = classify(params["head"], x, *moments(params, statistics))
     labels = batch["label"]
     losses = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
@@ -125,7 +126,8 @@ def make_objective(
 
   def follow(params, statistics):
     mean, var = moments(params, statistics)
-    batch = {"mean": mean, "var": var * batch_size / (batch_size - 1)}
+    unbiased = var * batch_size / max(batch_size - 1, 1)
+    batch = {"mean": mean, "var": unbiased}
     return {
       "batch_norm": jax.tree.map(
         lambda old, new: (1 - MOMENTUM) * old + MOMENTUM * new,
@@ -137,6 +139,7 @@ def make_objective(
     lambda key, batch: {key: batch[key] for key in ("image", "label")},
     statistics,
     loss,
+    prepare=encode,
     frozen=("encoder", "batch_norm"),
     follow=follow,
   )
