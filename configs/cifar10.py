@@ -70,7 +70,7 @@ def get_config(variant: str = "vit_ti2") -> ml_collections.ConfigDict:
     c.checkpoint.every_steps = 200
   recipe(c)  # Of the linear probe or the fine-tuning, if asked for.
   if variant == "small" and c.task == "linear_probe":
-    c.batch_size = 500
+    c.batch_size = 512
     c.num_epochs = 10.0
     c.evaluation.every_epochs = 5.0
     # LARS steps are relative: the peak rate is MAE's, 6.4, at any batch.

@@ -44,14 +44,14 @@ def local(source: str | os.PathLike) -> pathlib.Path:
 
 def _from_hub(source, rest):
   """A file of the hub's, or the folder of a repository's two."""
-  try:
-    import huggingface_hub
-  except ImportError as error:
-    raise UserError(f"{source} needs: pip install huggingface_hub") from error
   owner, _, rest = rest.partition("/")
   name, _, file = rest.partition("/")
   if not owner or not name:
     raise UserError(f"{source}: expected hf://owner/name[/file].")
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise UserError(f"{source} needs: pip install huggingface_hub") from error
   try:
     paths = [
       huggingface_hub.hf_hub_download(f"{owner}/{name}", x)
