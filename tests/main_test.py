@@ -263,6 +263,7 @@ def test_sigterm_saves_and_exits_with_75(
   assert_same_run(tmp_path, longer_reference)
 
 
+@pytest.mark.slow
 def test_sigterm_stops_two_processes_at_one_step(start, finish, tmp_path):
   """Either may get the signal; both save, and one process can resume."""
   flags = [*LONGER, f"--workdir={tmp_path}", "--config.num_epochs=1000"]
@@ -289,6 +290,7 @@ EVALUATE = [
 EPOCH = ["--config.num_epochs=1", "--config.optimizer.warmup_epochs=0.5"]
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_the_same_in_two_processes(
   reference, start, finish, tmp_path
 ):
@@ -336,6 +338,7 @@ def test_fine_tuning_is_the_same_in_two_processes(
     assert png.startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_linear_probe_keeps_the_bits_of_the_encoder(
   reference, finish, tmp_path
 ):

@@ -113,6 +113,7 @@ def test_number_of_processes_does_not_change_the_batch(
   assert_same(concatenate(parts), train(source, 9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["made", "folder"])
 def test_rand_augment_comes_last_and_keeps_the_promises(open_source, kind):
   source = open_source(kind)

@@ -76,6 +76,7 @@ def test_averages_follow_the_training(config, make_task, train_images):
   assert np.abs(last["head"]["kernel"] - average).max() > 1e-6
 
 
+@pytest.mark.slow
 def test_an_interrupted_fine_tuning_resumes(config, assert_resumes):
   """Averaged parameters and augmentations included."""
   config.data.rand_augment = 9.0

@@ -145,6 +145,7 @@ def test_an_image_is_encoded_once(
   assert step == encoder + 2  # The head's, forwards and backwards.
 
 
+@pytest.mark.slow
 def test_an_interrupted_probe_resumes(config, assert_resumes):
   """Running averages and momentum included."""
   assert_resumes(config)
