@@ -27,6 +27,7 @@ LEVELS = {
   # What needs no Flax: images to patches; losses are made of it.
   "models.masking": 0,
   "models.patches": 0,
+  "device_crop": 0,
   "losses": 0.5,
   "mixing": 0,
   "optimizers": 0,
