@@ -50,15 +50,9 @@ class Batches(Iterator):
         logging.warning(
           "Not readable, replaced by grey: %s", self.unreadable[-1]
         )
-    allowed = self._max_unreadable * self._source.num_examples
-    if len(self.unreadable) > allowed:
-      raise UserError(
-        f"{len(self.unreadable)} of {self._source.num_examples} images do not "
-        f"decode, more than config.data.max_unreadable={self._max_unreadable} "
-        "allows. Repair or remove them, or raise config.data.max_unreadable: "
-        + ", ".join(self.unreadable[:NAMES_SHOWN])
-        + (", ..." if len(self.unreadable) > NAMES_SHOWN else ".")
-      )
+    refuse_unreadable(
+      self.unreadable, self._source.num_examples, self._max_unreadable
+    )
 
   def close(self) -> None:
     """Stops reading; the iterator is empty afterwards."""
@@ -69,6 +63,20 @@ class Batches(Iterator):
 
   def __exit__(self, *unused: Any) -> None:
     self.close()
+
+
+def refuse_unreadable(
+  names: Sequence[str], num_examples: int, most: float
+) -> None:
+  """Raises UserError if these images are more than a fraction of all N."""
+  if len(names) > most * num_examples:
+    raise UserError(
+      f"{len(names)} of {num_examples} images do not decode, more than "
+      f"config.data.max_unreadable={most} allows. Repair or remove them, or "
+      "raise config.data.max_unreadable: "
+      + ", ".join(names[:NAMES_SHOWN])
+      + (", ..." if len(names) > NAMES_SHOWN else ".")
+    )
 
 
 def train_batches(
