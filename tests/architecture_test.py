@@ -18,6 +18,7 @@ LEVELS = {
   "main": 5,
   "loop": 4,
   "run": 3.5,
+  "feeding": 3.5,
   "tasks": 3,
   "train_step": 2,
   "evals": 2,
@@ -39,6 +40,7 @@ LEVELS = {
   "integrity": 0,
   "workdir": 0,
   "data": 0,
+  "data.in_memory": 0.5,
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [

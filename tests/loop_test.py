@@ -1,17 +1,20 @@
 """The loop itself, with a task of one weight."""
 
 import contextlib
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from orbax.checkpoint import v1 as ocp
 import pytest
 
 from umae_jax import (
   UserError,
   checkpoint,
   config,
+  feeding,
   loop,
   metrics,
   sharding,
@@ -20,6 +23,7 @@ from umae_jax import (
   workdir,
 )
 from umae_jax import run as run_lib
+from umae_jax.data import arrays, in_memory
 
 
 class Batches:
@@ -56,7 +60,7 @@ def tiny_run(tmp_path, monkeypatch, batches, *, loss=None, steps=40):
   c.batch_size = 8
   c.log.every_steps = 10
   plan = config.Plan(steps, steps, 0, steps + 1, 0.1)
-  monkeypatch.setattr(loop, "train_batches", lambda run, start: batches)
+  monkeypatch.setattr(feeding, "train_batches", lambda *unused: batches)
   return loop.Run(c, config.flatten(c), plan, mesh, tmp_path, None, task)
 
 
@@ -72,10 +76,15 @@ def run_steps(run):
 
 
 class Watched:
-  """A device scalar that tells when the host reads it."""
+  """A device scalar that tells when the host reads it, or waits for it."""
 
-  def __init__(self, value, reads, step):
+  def __init__(self, value, reads, wait, step):
     self._value, self._reads, self._step = value, reads, step
+    self._wait = wait
+
+  def block_until_ready(self):
+    self._wait(self._step)
+    return self
 
   def __array__(self, dtype=None, copy=None):
     self._reads.append(self._step)
@@ -92,6 +101,10 @@ def test_the_host_reads_from_the_device_at_logged_steps_only(
 ):
   run = tiny_run(tmp_path, monkeypatch, Batches(), steps=35)
   make_real, reads, steps = train_step.make_train_step, [], []
+  waits = set()  # (step that the host waited for, steps asked for by then).
+
+  def wait(step):
+    waits.add((step, len(steps)))
 
   def make_watched(*arguments, **options):
     real = make_real(*arguments, **options)
@@ -100,8 +113,9 @@ def test_the_host_reads_from_the_device_at_logged_steps_only(
       steps.append(len(steps) + 1)
       with jax.transfer_guard("disallow"):
         state, scalars = real(state, batch)
-      watched = {k: Watched(x, reads, steps[-1]) for k, x in scalars.items()}
-      return state, watched
+      return state, {
+        key: Watched(x, reads, wait, steps[-1]) for key, x in scalars.items()
+      }
 
     return step
 
@@ -109,6 +123,8 @@ def test_the_host_reads_from_the_device_at_logged_steps_only(
   assert run_steps(run)
   assert steps == list(range(1, 36))
   assert set(reads) == {10, 20, 30, 35}
+  # And it runs ahead of the device by two steps, not more.
+  assert waits == {(n, n + 2) for n in range(1, 33) if n % 10 not in (0, 8, 9)}
 
 
 def test_steps_transfer_nothing_but_the_batch(tmp_path, monkeypatch):
@@ -123,7 +139,7 @@ def test_steps_transfer_nothing_but_the_batch(tmp_path, monkeypatch):
       guard.close()
 
   batches = Batches(on_batch=on_batch)
-  monkeypatch.setattr(loop, "train_batches", lambda run, start: batches)
+  monkeypatch.setattr(feeding, "train_batches", lambda *unused: batches)
   with guard:
     assert run_steps(run)
   assert batches.number == 9
@@ -161,6 +177,66 @@ def test_unreadable_images_are_in_the_log(tmp_path, monkeypatch):
   assert run_steps(tiny_run(tmp_path, monkeypatch, batches))
   log = metrics.read_log(tmp_path / "metrics.jsonl")
   assert log[0]["unreadable_images"] == 2
+
+
+def digits_run(directory, monkeypatch):
+  """A run of one weight on the digits in memory, of 87 steps an epoch."""
+
+  def loss(params, batch, _):
+    return (batch["image"] / 255.0 * params["w"]).mean(), {}
+
+  run = tiny_run(directory, monkeypatch, None, loss=loss, steps=87)
+  run.config.update(batch_size=16)
+  run.config.data.update(feed="memory", crop_scale=(), flip=True)
+  run.config.log.every_steps = 32
+  run.config.checkpoint.every_steps = 45
+  digits = in_memory.MemorySource(
+    arrays.open_digits("train"), (8, 8), 1, keep_size=False
+  )
+  return run._replace(train_source=digits)
+
+
+def result(directory):
+  """Log, without times, and the last state of a run."""
+  log = [
+    {key: x for key, x in line.items() if not key.startswith("time/")}
+    for line in metrics.read_log(directory / "metrics.jsonl")
+  ]
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Orbax prefers a template.
+    state = ocp.load(directory / "checkpoints" / "87")
+  return log, jax.tree.map(np.asarray, state)
+
+
+def test_steps_taken_at_once_are_those_taken_singly(tmp_path, monkeypatch):
+  """Log and state bit for bit, also when stopped and resumed in between."""
+  numbers, memory_feed = [], feeding.memory_feed
+
+  def watched(images):
+    feed = memory_feed(images)
+
+    def take(step, until):
+      arguments, steps = feed.take(step, until)
+      numbers.append(steps)
+      return arguments, steps
+
+    return feed._replace(take=take)
+
+  monkeypatch.setattr(feeding, "memory_feed", watched)
+  assert loop.train(digits_run(tmp_path / "at_once", monkeypatch))
+  assert numbers == [20, 12, 13, 19, 20, 3]  # To 32, 45, 64 and the last, 87.
+  monkeypatch.setattr(feeding, "MOST_STEPS", 1)
+  asked = iter([False] * 69 + [True])
+  monkeypatch.setattr(sharding, "preempted", lambda *unused: next(asked))
+  singly = digits_run(tmp_path / "singly", monkeypatch)
+  assert not loop.train(singly)
+  monkeypatch.undo()
+  assert loop.train(singly)
+  log, state = result(tmp_path / "at_once")
+  other_log, other_state = result(tmp_path / "singly")
+  assert log == other_log
+  assert len(log) == 4
+  jax.tree.map(np.testing.assert_array_equal, state, other_state)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "imagenet100", "imagenet1k"])

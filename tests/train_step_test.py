@@ -327,3 +327,65 @@ def test_frozen_bits_do_not_change():
   assert np.asarray(state.params["frozen"]).tobytes() == (
     given["frozen"].tobytes()
   )
+
+
+def advance_at_once(numbers, num_devices=1, fsdp=1):
+  """Steps on drawn batches, `numbers` of them at a time."""
+  mesh = sharding.make_mesh(fsdp, jax.devices()[:num_devices])
+  state = train_step.init_state(init, SGD, jax.random.key(0), mesh)
+  layout = jax.tree.map(lambda x: x.sharding, state)
+
+  def draw(data, step):
+    return {"image": data[step % len(BATCHES)]}
+
+  step = train_step.make_train_step(
+    OBJECTIVE, SGD, mesh, layout, seed=0, draw=draw
+  )
+  data = jax.device_put(BATCHES, sharding.replicated(mesh))
+  for number in numbers:
+    state, scalars = step(state, data, np.int32(number))
+  assert step._cache_size() == 1  # Compiled once, whatever the number.
+  assert jax.tree.map(lambda x: x.sharding, state) == layout
+  return jax.device_get((state, scalars))
+
+
+def test_steps_at_once_are_bit_for_bit_single_steps():
+  singly = advance_at_once([1] * 5)
+  chex.assert_trees_all_equal(singly, advance_at_once([2, 3]))
+  assert singly[0].step == 5
+
+
+@pytest.mark.parametrize("num_devices, fsdp", [(1, 1), (8, 2)])
+def test_steps_at_once_are_those_of_batches_from_the_host(num_devices, fsdp):
+  state, scalars = advance_at_once([3], num_devices, fsdp)
+  expected, metrics = run(1)
+  chex.assert_trees_all_close(scalars, metrics[-1], rtol=1e-4)
+  chex.assert_trees_all_close(
+    state.params, expected.params, rtol=1e-4, atol=1e-5
+  )
+
+
+def test_bad_gradients_are_counted_within_steps_at_once():
+  """And after five in a row nothing is applied any more."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  objective = train_step.Objective(
+    lambda key, batch: batch,
+    None,
+    lambda params, batch, _: ((batch * params["w"]).mean(), {}),
+  )
+  state = train_step.init_state(
+    lambda key: {"w": jnp.ones(())}, optax.sgd(0.1), jax.random.key(0), mesh
+  )
+  layout = jax.tree.map(lambda x: x.sharding, state)
+  step = train_step.make_train_step(
+    *(objective, optax.sgd(0.1), mesh, layout),
+    seed=0,
+    draw=lambda data, number: data[number][None],
+  )
+  data = np.float32([1, np.nan, 2] + [np.inf] * 5 + [4])
+  state, scalars = step(state, data, np.int32(3))
+  assert (int(scalars["skipped"]), int(scalars["skipped_in_a_row"])) == (1, 0)
+  np.testing.assert_allclose(state.params["w"], 0.7, rtol=1e-6)
+  state, scalars = step(state, data, np.int32(6))
+  assert (int(scalars["skipped"]), int(scalars["skipped_in_a_row"])) == (7, 6)
+  np.testing.assert_allclose(state.params["w"], 0.7, rtol=1e-6)

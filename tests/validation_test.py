@@ -30,6 +30,12 @@ from umae_jax import UserError, validation
     ("data.std", (0.0,), "std=.* must be greater than 0"),
     ("data.channels", 4, "data.mean=.* needs 4 numbers"),
     ("data.crop_scale", (0.5, 1.5), r"crop_scale=.*\(0, 1\]"),
+    (
+      "data.feed",
+      "disk",
+      "feed='disk' is not one of 'host', 'device_crop', 'm",
+    ),
+    ("data.feed", "device_crop", "crops at random: set config.data.crop_scale"),
     ("data.eval_fraction", 1.0, r"eval_fraction=1.0 .*\(0, 1\)"),
     ("model.width", 66, "width=66 .*num_heads=4; use a multiple of 4"),
     ("model.decoder_num_heads", 3, "decoder_width=32 .*decoder_num_heads=3"),
@@ -105,6 +111,18 @@ def test_fine_tuning_may_only_evaluate(load_config):
   with pytest.raises(UserError, match=r"with config\.pretrained may evaluate"):
     validation.validate(config, num_devices=1)
   config.pretrained = "runs/finetuned"
+  validation.validate(config, num_devices=1)
+
+
+@pytest.mark.parametrize("feed", ["device_crop", "memory"])
+def test_rand_augment_needs_the_host(load_config, feed):
+  config = load_config("imagenet1k", "vit_b16_finetune")
+  validation.validate(config, num_devices=1)
+  config.data.feed = feed
+  message = rf"rand_augment=9.0 .*feed='host' instead of '{feed}'"
+  with pytest.raises(UserError, match=message):
+    validation.validate(config, num_devices=1)
+  config.data.rand_augment = 0.0
   validation.validate(config, num_devices=1)
 
 

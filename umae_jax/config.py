@@ -80,6 +80,11 @@ def _data() -> ml_collections.ConfigDict:
   c.train_split = "train"  # TFDS's syntax, or a sub-folder.
   c.eval_split = "validation"
   c.eval_fraction = 0.1  # Of a folder without train/ and val/.
+  # "host": read, cropped and flipped by the CPU while the device computes;
+  # "device_crop": read there, cropped and flipped by the device; "memory": read
+  # once, and all else is done by the device, in an order and with crops of its
+  # own, without TensorFlow unless the set is TFDS's.
+  c.feed = "host"
   c.classes = ""  # All; "imagenet100"; or a text file, a name per line.
   c.image_size = (224, 224)  # Height, width: pixels.
   c.channels = 3
@@ -164,6 +169,7 @@ def finetune(c: ml_collections.ConfigDict) -> None:
   c.data.crop_scale = (0.08, 1.0)
   c.data.flip = True
   c.data.rand_augment = 9.0
+  c.data.feed = "host"  # As RandAugment is done there.
   c.classifier.layer_decay = 0.75 if large else 0.65
   c.classifier.drop_path = 0.3 if huge else 0.2 if large else 0.1
   c.optimizer.base_lr = 1e-3 if large else 5e-4

@@ -1,13 +1,16 @@
 """The one training loop, for every task: resume, step, log, evaluate, save."""
 
+import collections
 import contextlib
 import functools
+import itertools
 
 import jax
 
 from umae_jax import (
   UserError,
   checkpoint,
+  feeding,
   metrics,
   sharding,
   train_step,
@@ -15,10 +18,10 @@ from umae_jax import (
 )
 from umae_jax import config as config_lib
 from umae_jax.analysis import pictures
-from umae_jax.data import pipeline
 from umae_jax.run import Run, conclude, describe
 
 MAX_SKIPS = 5  # Steps in a row that may be skipped before the run stops.
+AHEAD = 2  # Calls of the step function that may wait for the device.
 
 
 def train(run: Run) -> bool:
@@ -101,39 +104,39 @@ def restore_or_init(run, checkpoints):
 def run_steps(run, state, start, checkpoints, log) -> bool:
   """Steps `start` + 1 to the last; False if asked to stop before.
 
-  The host waits for the device only at steps that log, evaluate or save.
+  The host reads from the device only at steps that log, evaluate or save.
+  Between them it stays a little ahead of it.
   """
   config, plan = run.config, run.plan
-  layout = jax.tree.map(lambda x: x.sharding, state)
-  step_function = train_step.make_train_step(
-    run.task.objective,
-    run.task.optimizer,
-    run.mesh,
-    layout,
-    seed=config.seed,
-    micro_batches=config.micro_batches,
-    max_skips=MAX_SKIPS,
-  )
   first = jax.process_index() == 0
+  feed = feeding.open_feed(config, run.train_source, run.mesh, start)
   progress = metrics.Progress(
     plan.total_steps, start, config.batch_size, active=first
   )
   with (
     sharding.stop_on_sigterm() as stop,
     contextlib.closing(progress),
-    contextlib.closing(train_batches(run, start)) as batches,
+    contextlib.closing(feed),
   ):
-    for step in range(start + 1, plan.total_steps + 1):
-      batch = sharding.to_global(next(batches), run.mesh)
-      state, scalars = step_function(state, batch)
+    step_function = make_step_function(run, state, feed)
+    step, running = start, collections.deque()
+    calls = itertools.count(1)
+    while step < plan.total_steps:
+      arguments, taken = feed.take(step, next_pause(run, step))
+      state, scalars = step_function(state, *arguments)
+      step += taken
       last = step == plan.total_steps
-      stopping = sharding.preempted(step, stop.is_set())
+      stopping = sharding.preempted(next(calls), stop.is_set())
       log_now = last or step % config.log.every_steps == 0
       evaluate = last or step % plan.evaluate_every == 0
       save = last or stopping or step % config.checkpoint.every_steps == 0
       if not (log_now or evaluate or save):
+        running.append(scalars)
+        if len(running) > AHEAD:
+          jax.block_until_ready(running.popleft())
         continue
-      scalars = to_floats(run, step, scalars, len(batches.unreadable))
+      running.clear()
+      scalars = to_floats(run, step, scalars, feed.unreadable())
       if log_now:
         log.write(step, "train", scalars | progress.update(step, scalars))
       require_finite(step, scalars, checkpoints)
@@ -147,24 +150,26 @@ def run_steps(run, state, start, checkpoints, log) -> bool:
   return True
 
 
-def train_batches(run, start):
-  """This process's rows of the batches of steps `start` + 1, ..."""
-  data = run.config.data
-  return pipeline.train_batches(
-    run.train_source,
-    batch_size=run.config.batch_size,
+def make_step_function(run, state, feed):
+  """The jitted step: (state, and what the feed gives) -> (state, metrics)."""
+  return train_step.make_train_step(
+    feeding.finish_on_device(run.task.objective, run.config),
+    run.task.optimizer,
+    run.mesh,
+    jax.tree.map(lambda x: x.sharding, state),
     seed=run.config.seed,
-    start_step=start,
-    image_size=tuple(data.image_size),
-    channels=data.channels,
-    crop_scale=tuple(data.crop_scale),
-    flip=data.flip,
-    rand_augment=data.rand_augment,
-    shuffle_buffer=data.shuffle_buffer,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    max_unreadable=data.max_unreadable,
+    micro_batches=run.config.micro_batches,
+    max_skips=MAX_SKIPS,
+    draw=feed.draw,
   )
+
+
+def next_pause(run, step) -> int:
+  """The first step after `step` that logs, evaluates or saves."""
+  config, plan = run.config, run.plan
+  every = (config.log.every_steps, config.checkpoint.every_steps)
+  every = (*every, plan.evaluate_every)
+  return min(plan.total_steps, *(step + n - step % n for n in every))
 
 
 def to_floats(run, step, scalars, unreadable):

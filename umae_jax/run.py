@@ -16,8 +16,10 @@ from umae_jax import (
   workdir,
 )
 from umae_jax import config as config_lib
-from umae_jax.data import sources
+from umae_jax.data import in_memory, sources
 from umae_jax.tasks import Task, finetune, frozen, linear_probe, pretrain
+
+Source = sources.Source | in_memory.MemorySource
 
 TASKS = {
   "pretrain": pretrain.make,
@@ -35,7 +37,7 @@ class Run(NamedTuple):
   plan: config_lib.Plan
   mesh: Mesh
   directory: pathlib.Path
-  train_source: sources.Source
+  train_source: Source
   task: Task
 
 
@@ -57,19 +59,9 @@ def prepare(
     num_devices=jax.device_count(),
     num_processes=jax.process_count(),
   )
-  data = config.data
-  train_source, eval_source = (
-    sources.open_source(
-      data.name,
-      split,
-      directory=data.directory,
-      eval_fraction=data.eval_fraction,
-      classes=data.classes,
-      image_size=tuple(data.image_size),
-      channels=data.channels,
-    )
-    for split in (data.train_split, data.eval_split)
-  )
+  crops = len(config.data.crop_scale) > 0
+  train_source = open_source(config, config.data.train_split, crops)
+  eval_source = open_source(config, config.data.eval_split, False)
   for source in (train_source, eval_source):
     source.check(config.batch_size, jax.process_count())
   plan = config_lib.plan(config, train_source.num_examples)
@@ -90,6 +82,24 @@ def prepare(
   )
   sharding.synchronize("prepared")  # Before the first one writes.
   return Run(config, identity, plan, mesh, path, train_source, task)
+
+
+def open_source(config, split: str, crops: bool) -> Source:
+  """A split of the data; `crops`: random ones are taken of its images."""
+  data = config.data
+  image_size = tuple(data.image_size)
+  source = sources.open_source(
+    data.name,
+    split,
+    directory=data.directory,
+    eval_fraction=data.eval_fraction,
+    classes=data.classes,
+    image_size=image_size,
+    channels=data.channels,
+  )
+  if data.feed != "memory":
+    return source
+  return in_memory.MemorySource(source, image_size, data.channels, crops)
 
 
 def describe(run, state, start):

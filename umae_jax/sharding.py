@@ -86,17 +86,18 @@ def sum_over_processes(number: int) -> int:
   return int(multihost_utils.process_allgather(np.array(number)).sum())
 
 
-def preempted(step: int, stop_requested: bool) -> bool:
+def preempted(call: int, stop_requested: bool) -> bool:
   """Whether the run should save and stop, the same on every process.
 
   Args:
-    step: the current one; all processes call this once a step.
+    call: the how many-th call this is, 1, 2, ...; all processes call this at
+      the same steps. (JAX waits for one number, so none may be left out.)
     stop_requested: this process was sent SIGTERM. Of several processes, JAX's
-      own preemption service listens for it, and picks the step to stop at.
+      own preemption service listens for it, and picks the call to stop at.
   """
   if jax.process_count() == 1:
     return stop_requested
-  return multihost_utils.reached_preemption_sync_point(step)
+  return multihost_utils.reached_preemption_sync_point(call)
 
 
 @contextlib.contextmanager

@@ -125,11 +125,15 @@ def make_train_step(
   seed: int,
   micro_batches: int = 1,
   max_skips: int = 5,
-) -> Callable[[TrainState, PyTree], tuple[TrainState, Scalars]]:
+  draw: Callable[[PyTree, jax.Array], PyTree] | None = None,
+) -> Callable[..., tuple[TrainState, Scalars]]:
   """Returns a jitted (state, batch) -> (state, metrics); donates `state`.
 
   A step is a pure function of (state, batch, seed): its randomness is
   fold_in(key(seed), state.step), the same on any number of devices.
+
+  With `draw` it is (state, data, number) -> (state, metrics), which takes
+  `number` steps, 1 or more, each on the batch draw(data, state.step).
 
   Args:
     objective: what to minimise.
@@ -142,19 +146,21 @@ def make_train_step(
     max_skips: a step whose loss or gradient is not finite is not applied, but
       counted. After this many in a row nothing is applied any more, so that
       the state stays as it was until the host looks.
+    draw: (data, step) -> batch; the data lie on every device.
 
   Returns:
     The step. Its metrics are those of the objective, computed over the global
-    batch, and loss, gradient_norm, update_norm, skipped, skipped_in_a_row.
+    batch, and loss, gradient_norm, update_norm, skipped, skipped_in_a_row; of
+    several steps, the last one's.
   """
-  batch_layout = sharding.batch_sharding(mesh)
-
-  @functools.partial(
-    jax.jit,
-    in_shardings=(layout, batch_layout),
-    out_shardings=(layout, sharding.replicated(mesh)),
-    donate_argnums=0,
+  batch_layout, everywhere = (
+    sharding.batch_sharding(mesh),
+    sharding.replicated(mesh),
   )
+  jit = functools.partial(
+    jax.jit, out_shardings=(layout, everywhere), donate_argnums=0
+  )
+
   def train_step(state: TrainState, batch: PyTree):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     batch = objective.randomize(key, batch)
@@ -191,7 +197,18 @@ def make_train_step(
     }
     return state, metrics
 
-  return train_step
+  def train_steps(state: TrainState, data: PyTree, number: jax.Array):
+    one = jax.jit(lambda state: train_step(state, draw(data, state.step)))
+    blank = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, state)[1]
+    )
+    return jax.lax.fori_loop(
+      0, number, lambda _, carry: one(carry[0]), (state, blank)
+    )
+
+  if draw is None:
+    return jit(train_step, in_shardings=(layout, batch_layout))
+  return jit(train_steps, in_shardings=(layout, everywhere, everywhere))
 
 
 def gradients(

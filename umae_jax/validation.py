@@ -40,6 +40,7 @@ _BELOW_ONE = (
   "classifier.ema_decay",
 )
 _CHOICES = {
+  "data.feed": ("host", "device_crop", "memory"),
   "task": ("pretrain", "linear_probe", "finetune", "features"),
   "probe.mode": ("train", "fast", "sweep"),
   "probe.feature": ("cls", "mean"),
@@ -226,6 +227,17 @@ def _validate_data(data):
     len(scale) == 0 or (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1),
     f"config.data.crop_scale={scale} must be (low, high) in (0, 1], or () for "
     "no crop. MAE: (0.2, 1.0).",
+  )
+  _require(
+    data.feed == "host" or data.rand_augment == 0,
+    f"config.data.rand_augment={data.rand_augment} is done on the host: set "
+    f"config.data.feed='host' instead of {data.feed!r}, or "
+    "config.data.rand_augment to 0.",
+  )
+  _require(
+    data.feed != "device_crop" or len(scale) == 2,
+    "config.data.feed='device_crop' crops at random: set "
+    "config.data.crop_scale to (low, high), or config.data.feed to 'host'.",
   )
   _require(
     0 < data.eval_fraction < 1,

@@ -1,6 +1,7 @@
 """Data: sources of labelled images, and batches as a function of the step.
 
-`sources` opens a data set by name, `pipeline` turns it into batches of NumPy
-arrays. Nothing here needs JAX, and importing loads no TensorFlow: it is loaded
-where first used, with the accelerators hidden from it.
+`sources` opens a data set by name; `pipeline` turns it into batches of NumPy
+arrays, `in_memory` into batches made on the devices. Of all modules here that
+one alone needs JAX. Importing loads no TensorFlow: it is loaded where first
+used, with the accelerators hidden from it.
 """

@@ -12,6 +12,22 @@ from umae_jax.data.host_tensorflow import tensorflow
 FOREVER = 2**40  # Epochs; more than any run has, and no overflow of int64.
 
 
+def evaluation_rows(
+  num_examples: int, share: shares.Share, limit: int
+) -> np.ndarray:
+  """(batches, B) int64: the first `limit` of a fixed permutation; -1 = padding.
+
+  Args:
+    num_examples: N.
+    share: of batches of B rows.
+    limit: at most N.
+  """
+  order = np.random.default_rng(0).permutation(num_examples)[:limit]
+  size = share.num_batches(limit) * share.batch_size
+  padded = np.pad(order, (0, size - limit), constant_values=-1)
+  return padded.reshape(-1, share.batch_size)
+
+
 @dataclasses.dataclass(frozen=True)
 class TableSource:
   """N examples that can be fetched in any order, so shuffling is exact.
@@ -68,10 +84,8 @@ class TableSource:
 
   def eval_records(self, share: shares.Share, limit: int) -> Any:
     """The first `limit` of a fixed permutation, padded; see `share.Source`."""
-    order = np.random.default_rng(0).permutation(self.num_examples)[:limit]
-    size = share.num_batches(limit) * share.batch_size
-    padded = np.pad(order, (0, size - limit), constant_values=-1)
-    indices = tensorflow().data.Dataset.from_tensor_slices(padded)
+    rows = evaluation_rows(self.num_examples, share, limit)
+    indices = tensorflow().data.Dataset.from_tensor_slices(rows.reshape(-1))
     return self._fetch(indices, share)
 
   def _fetch(self, indices: Any, share: shares.Share) -> Any:

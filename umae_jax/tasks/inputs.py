@@ -14,7 +14,7 @@ import optax
 
 from umae_jax import UserError, convert, models, optimizers, sharding
 from umae_jax import config as config_lib
-from umae_jax.data import pipeline, sources
+from umae_jax.data import in_memory, pipeline, sources
 from umae_jax.evals import features
 
 
@@ -38,15 +38,25 @@ def make_batches(
   config: ml_collections.ConfigDict,
 ) -> Callable[..., Iterator[dict[str, np.ndarray]]]:
   """Returns (source, limit=N) -> this process's batches for evaluation."""
-  return functools.partial(
-    pipeline.eval_batches,
+  share = {
     # No more at once than a training step has, though images are whole.
-    batch_size=config.batch_size // config.micro_batches,
-    image_size=tuple(config.data.image_size),
-    channels=config.data.channels,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
+    "batch_size": config.batch_size // config.micro_batches,
+    "process_index": jax.process_index(),
+    "process_count": jax.process_count(),
+  }
+
+  def batches(source, limit=None):
+    if isinstance(source, in_memory.MemorySource):
+      return in_memory.eval_batches(source, limit=limit, **share)
+    return pipeline.eval_batches(
+      source,
+      limit=limit,
+      image_size=tuple(config.data.image_size),
+      channels=config.data.channels,
+      **share,
+    )
+
+  return batches
 
 
 def make_extract(
