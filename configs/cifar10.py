@@ -40,6 +40,7 @@ def get_config(variant: str = "vit_ti2") -> ml_collections.ConfigDict:
   c.data.std = (0.5, 0.5, 0.5)
   c.data.crop_scale = ()
   c.data.flip = False
+  c.data.feed = "memory"  # 184 MB, of which 154 on each device.
 
   c.model.patch_size = 2
   c.model.update(config.MODELS["vit_ti"])
@@ -60,6 +61,7 @@ def get_config(variant: str = "vit_ti2") -> ml_collections.ConfigDict:
   if variant == "small":  # Some twenty minutes of one CPU core.
     c.batch_size = 256
     c.num_epochs = 5.0
+    c.data.feed = "host"  # The order that the README's figures have.
     c.model.patch_size = 4
     c.model.update(width=96, depth=4, num_heads=3)
     c.model.update(decoder_width=64, decoder_depth=1, decoder_num_heads=4)

@@ -9,9 +9,10 @@ Its evaluation, each in a work directory of its own:
       --config.pretrained=runs/digits --workdir=runs/digits_linear
   (the same with --config.probe.mode=fast, or sweep; or :finetune)
 
-Cost:    about three minutes on two CPU cores.
-Result:  93.6 % linear, 94.6 % kNN, effective rank 39.0 of 64 (MAE: 94.5, 95.0,
-         31.4), means of seeds 0, 1, 2; the README says how.
+Cost:    about two minutes on two CPU cores.
+Result:  94.7 % linear, 94.7 % kNN, effective rank 38.7 of 64, seed 0. With
+         --config.data.feed=host, another order of the images: 93.6, 94.6, 39.0
+         (MAE: 94.5, 95.0, 31.4), means of seeds 0, 1, 2; the README says how.
 Source:  ours; 8 x 8 pixels as 16 patches of 2 x 2.
 """
 
@@ -38,6 +39,10 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
   c.data.std = (0.375,)
   c.data.crop_scale = ()
   c.data.flip = False  # A mirrored digit is no digit.
+  # Half as fast again on a CPU as "host". The order of the images is another
+  # one: the README's figures are of "host".
+  pretrains = variant in ("default", "smoke")
+  c.data.feed = "memory" if pretrains else "host"
 
   c.model.patch_size = 2
   c.model.update(width=64, depth=4, num_heads=4)

@@ -40,7 +40,7 @@ LEVELS = {
   "integrity": 0,
   "workdir": 0,
   "data": 0,
-  "data.in_memory": 0.5,
+  "data.on_device": 0.5,
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [
@@ -128,6 +128,7 @@ TESTED_BY = {
   "data.class_lists": "data.sources",
   "data.folder": "data.sources",
   "data.host_tensorflow": "data.sources",
+  "data.on_device": "data.in_memory",
   "data.share": "data.pipeline",
   "data.stream": "data.pipeline",
   "data.table": "data.pipeline",

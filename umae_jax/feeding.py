@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 
 from umae_jax import device_crop, sharding, train_step
-from umae_jax.data import in_memory, pipeline, sources
+from umae_jax.data import in_memory, on_device, pipeline, sources
 
 MOST_STEPS = 20  # Taken at once, so that a run asked to stop soon does.
 
@@ -43,7 +43,7 @@ def open_feed(
   if data.feed != "memory":
     return host_feed(train_batches(config, source, start), mesh)
   return memory_feed(
-    in_memory.TrainingSet(
+    on_device.TrainingSet(
       source,
       mesh,
       batch_size=config.batch_size,
@@ -65,7 +65,7 @@ def host_feed(batches: pipeline.Batches, mesh: Mesh) -> Feed:
   return Feed(None, take, lambda: len(batches.unreadable), batches.close)
 
 
-def memory_feed(images: in_memory.TrainingSet) -> Feed:
+def memory_feed(images: on_device.TrainingSet) -> Feed:
   """A set in device memory, as many steps at once as may be."""
 
   def take(step, until):
@@ -93,6 +93,7 @@ def train_batches(
     crop_scale=tuple(data.crop_scale),
     flip=data.flip,
     rand_augment=data.rand_augment,
+    device_crop=data.feed == "device_crop",
     shuffle_buffer=data.shuffle_buffer,
     process_index=jax.process_index(),
     process_count=jax.process_count(),

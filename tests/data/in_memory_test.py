@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from umae_jax import UserError, sharding
-from umae_jax.data import arrays, folder, in_memory, pipeline, sources
+from umae_jax.data import (
+  arrays,
+  folder,
+  in_memory,
+  on_device,
+  pipeline,
+  sources,
+)
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 SIZE = (24, 24)
@@ -36,7 +43,7 @@ def draw(source, steps, devices=1, batch_size=8, **options):
     "flip": True,
     "max_unreadable": 0.0,
   } | options
-  images = in_memory.TrainingSet(source, mesh, batch_size=batch_size, **options)
+  images = on_device.TrainingSet(source, mesh, batch_size=batch_size, **options)
   one = jax.jit(images.draw)
   batches = []
   for step in steps:
@@ -95,7 +102,7 @@ def test_the_number_of_devices_changes_nothing(few):
 def test_each_device_gathers_its_own_rows():
   """No collective, and no scatter, in the compiled draw."""
   mesh = sharding.make_mesh()
-  images = in_memory.TrainingSet(
+  images = on_device.TrainingSet(
     memory(arrays.open_made("train", SIZE, 3)),
     mesh,
     batch_size=16,
@@ -106,11 +113,7 @@ def test_each_device_gathers_its_own_rows():
   )
   data, _ = images.at(0)
   assert data["image"].sharding.is_fully_replicated
-  compiled = (
-    jax.jit(images.draw, out_shardings=sharding.batch_sharding(mesh))
-    .lower(data, np.int32(0))
-    .compile()
-  )
+  compiled = jax.jit(images.draw).lower(data, np.int32(0)).compile()
   program = compiled.as_text()
   assert "u8[2,24,24,3]" in program  # Two of the 16 rows.
   for name in ("all-gather", "all-reduce", "all-to-all", "scatter("):
@@ -121,7 +124,7 @@ def test_steps_beyond_the_range_of_integers_are_right(few):
   """Position 8 * step is beyond 2^31: only the difference must not be."""
   step = 2**31 - 100
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  images = in_memory.TrainingSet(
+  images = on_device.TrainingSet(
     few, mesh, batch_size=8, seed=0, max_unreadable=0.0, **PLAIN
   )
   data, most = images.at(step)
@@ -135,14 +138,22 @@ def test_steps_beyond_the_range_of_integers_are_right(few):
 
 
 def test_half_of_the_images_are_mirrored(few):
-  (plain,) = draw(few, [1], batch_size=32, **PLAIN)
-  (batch,) = draw(few, [1], batch_size=32, crop_scale=(), flip=True)
-  mirrored = [
-    not np.array_equal(a, b) for a, b in zip(plain["image"], batch["image"])
-  ]
-  assert 8 <= sum(mirrored) <= 24
-  for a, b, turned in zip(plain["image"], batch["image"], mirrored):
-    np.testing.assert_array_equal(a[:, ::-1] if turned else a, b)
+  """Other ones at every step, and of every seed."""
+
+  def mirrored(seed):
+    pairs = zip(
+      draw(few, [1, 2], batch_size=32, seed=seed, **PLAIN),
+      draw(few, [1, 2], batch_size=32, seed=seed, crop_scale=(), flip=True),
+    )
+    for plain, batch in pairs:
+      turned = []
+      for a, b in zip(plain["image"], batch["image"]):
+        turned.append(not np.array_equal(a, b))
+        np.testing.assert_array_equal(a[:, ::-1] if turned[-1] else a, b)
+      assert 8 <= sum(turned) <= 24
+      yield tuple(turned)
+
+  assert len({*mirrored(3), *mirrored(4)}) == 4
 
 
 def test_crops_are_taken_from_images_of_their_own_size(write, tmp_path):
@@ -245,12 +256,12 @@ def test_unreadable_images_are_grey_named_and_limited(write, tmp_path, caplog):
   assert batch["mask"].sum() == 5
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   options = {"batch_size": 2, "seed": 0} | PLAIN
-  training = in_memory.TrainingSet(source, mesh, max_unreadable=0.2, **options)
+  training = on_device.TrainingSet(source, mesh, max_unreadable=0.2, **options)
   assert training.unreadable == [str(bad)]
   with pytest.raises(
     UserError, match=r"1 of 6 .*max_unreadable=0.1 .*001\.png"
   ):
-    in_memory.TrainingSet(source, mesh, max_unreadable=0.1, **options)
+    on_device.TrainingSet(source, mesh, max_unreadable=0.1, **options)
 
 
 def test_a_set_that_does_not_fit_is_refused_unread():
