@@ -40,31 +40,41 @@ def random_window(
   extents = tf.cast(tf.round(extents), tf.int32)  # (ATTEMPTS, 2)
   fits = tf.reduce_all((extents > 0) & (extents <= shape), axis=1)
   first = tf.argmax(fits)
-
-  def drawn():
-    extent = extents[first]
-    room = tf.cast(shape - extent + 1, tf.float32)
-    corner = tf.cast(tf.floor(draws[2:, first] * room), tf.int32)
-    return tf.concat([tf.minimum(corner, shape - extent), extent], 0)
-
-  def central():
-    most = tf.stack([size[1] / ratio[0], size[0] * ratio[1]])
-    extent = tf.cast(tf.round(tf.minimum(size, most)), tf.int32)
-    extent = tf.maximum(extent, 1)
-    return tf.concat([(shape - extent) // 2, extent], 0)
-
-  return tf.cond(tf.reduce_any(fits), drawn, central)
+  extent = extents[first]
+  room = tf.cast(shape - extent + 1, tf.float32)
+  corner = tf.cast(tf.floor(draws[2:, first] * room), tf.int32)
+  drawn = tf.concat([tf.minimum(corner, shape - extent), extent], 0)
+  most = tf.stack([size[1] / ratio[0], size[0] * ratio[1]])
+  extent = tf.cast(tf.round(tf.minimum(size, most)), tf.int32)
+  extent = tf.maximum(extent, 1)
+  central = tf.concat([(shape - extent) // 2, extent], 0)
+  return tf.where(tf.reduce_any(fits), drawn, central)
 
 
 def resize(image: Any, image_size: tuple[int, int] | Any) -> Any:
   """Bicubic with antialiasing, (h, w, C) uint8 to (H, W, C) uint8.
 
   Same kernel as Pillow's, which rounds between its two passes: they differ by
-  a grey level here and there.
+  a grey level here and there. Equal to `tf.image.resize` of the whole image,
+  to the bit: that resizes the rows fast, as long vectors, but then each row
+  pixel by pixel. Turning the image over in between makes them long again.
   """
   tf = tensorflow()
-  image = tf.image.resize(image, image_size, "bicubic", antialias=True)
-  return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
+  h, w, channels = *tf.unstack(tf.shape(image)[:2]), image.shape[-1]
+  height, width = image_size[0], image_size[1]
+  rows = _resize_rows(tf.reshape(image, [h, w * channels]), height)
+  columns = tf.reshape(tf.transpose(rows), [w, channels * height])
+  columns = tf.round(_resize_rows(columns, width))
+  columns = tf.cast(tf.clip_by_value(columns, 0, 255), tf.uint8)
+  image = tf.transpose(tf.reshape(columns, [width * channels, height]))
+  return tf.reshape(image, [height, width, channels])
+
+
+def _resize_rows(lines: Any, size: Any) -> Any:
+  """(h, n) to (size, n) float32."""
+  tf = tensorflow()
+  image = lines[:, None]  # (h, 1, n): one column of very many channels.
+  return tf.image.resize(image, [size, 1], "bicubic", antialias=True)[:, 0]
 
 
 def random_resized_crop(
@@ -86,30 +96,79 @@ def random_resized_crop(
   """
   tf = tensorflow()
 
-  def of_pixels(image, seed):
-    window = random_window(tf.shape(image)[:2], seed, scale)
-    y, x, h, w = tf.unstack(window)
-    return decode.convert_channels(image[y : y + h, x : x + w], channels)
-
-  def of_jpeg(data, seed):
-    shape = tf.io.extract_jpeg_shape(data)[:2]
-    window = random_window(shape, seed, scale)
-    return decode.decode_jpeg_window(data, window, channels)
-
   def stage(example: Example) -> Example:
-    image, seed = example["image"], example["seed"]
-    if image.dtype == tf.string:
-      image = tf.cond(
-        tf.io.is_jpeg(image),
-        lambda: of_jpeg(image, seed),
-        lambda: of_pixels(decode.decode(image, channels), seed),
-      )
-    else:
-      image = of_pixels(image, seed)
-    image = resize(image, image_size)
+    image = resize(_cut_out(example, scale, channels), image_size)
     return example | {"image": tf.ensure_shape(image, (*image_size, channels))}
 
   return stage
+
+
+def random_crop(
+  image_size: tuple[int, int], scale: tuple[float, float], channels: int
+) -> Stage:
+  """Stage: the window of `random_resized_crop`, for the device to resize.
+
+  Args:
+    image_size: (H, W) that it will have, in pixels.
+    scale: range of the window's area, as a fraction of the image area.
+    channels: C of the output, 1 or 3 (or that of the input).
+
+  Returns:
+    A stage. In: as of `random_resized_crop`. Out: "image" (h, w, C) uint8,
+    the `canvas`, with the window in its upper left corner and zeros elsewhere;
+    "extent" (2,) int32, height and width of the window. A window too large for
+    the canvas is resized to `image_size` here.
+  """
+  tf = tensorflow()
+  sides = tf.constant(canvas(image_size))
+
+  def stage(example: Example) -> Example:
+    image = _cut_out(example, scale, channels)
+    image = tf.cond(
+      tf.reduce_all(tf.shape(image)[:2] <= sides),
+      lambda: image,
+      lambda: resize(image, image_size),
+    )
+    extent = tf.shape(image)[:2]
+    rest = tf.concat([sides - extent, [0]], 0)
+    image = tf.pad(image, tf.stack([tf.zeros_like(rest), rest], 1))
+    image = tf.ensure_shape(image, (*canvas(image_size), channels))
+    return example | {"image": image, "extent": extent}
+
+  return stage
+
+
+def canvas(image_size: tuple[int, int]) -> tuple[int, int]:
+  """Sides in which windows travel to the device: 12/7 of (H, W), 384 of 224.
+
+  Nine tenths of the windows of ImageNet's images fit.
+  """
+  return tuple(-(-12 * side // 7) for side in image_size)
+
+
+def _cut_out(
+  example: Example, scale: tuple[float, float], channels: int
+) -> Any:
+  """Returns a random window of "image", drawn by "seed", (h, w, C) uint8."""
+  tf = tensorflow()
+  image, seed = example["image"], example["seed"]
+
+  def of_pixels(image):
+    y, x, h, w = tf.unstack(random_window(tf.shape(image)[:2], seed, scale))
+    return decode.convert_channels(image[y : y + h, x : x + w], channels)
+
+  def of_jpeg():
+    shape = tf.io.extract_jpeg_shape(image)[:2]
+    window = random_window(shape, seed, scale)
+    return decode.decode_jpeg_window(image, window, channels)
+
+  if image.dtype != tf.string:
+    return of_pixels(image)
+  return tf.cond(
+    tf.io.is_jpeg(image),
+    of_jpeg,
+    lambda: of_pixels(decode.decode(image, channels)),
+  )
 
 
 def central_crop(image_size: tuple[int, int], channels: int) -> Stage:
@@ -159,8 +218,28 @@ def central_crop(image_size: tuple[int, int], channels: int) -> Stage:
 def random_flip(example: Example) -> Example:
   """Stage: mirrors "image" left-right with probability 1/2."""
   tf = tensorflow()
-  seed = tf.random.fold_in(example["seed"], 1)  # The crop used the bare seed.
-  flip = tf.random.stateless_uniform((), seed, alg="philox") < 0.5
   image = example["image"]
-  flipped = tf.cond(flip, lambda: image[:, ::-1], lambda: image)
-  return example | {"image": flipped}
+  # Not image[:, ::-1], which takes almost as long as decoding.
+  image = tf.cond(
+    _flips(example), lambda: tf.reverse(image, [1]), lambda: image
+  )
+  return example | {"image": image}
+
+
+def draw_flip(flip: bool) -> Stage:
+  """Stage: "flip" () bool says whether `random_flip` would mirror the image.
+
+  Args:
+    flip: False for never.
+  """
+
+  def stage(example: Example) -> Example:
+    return example | {"flip": _flips(example) if flip else False}
+
+  return stage
+
+
+def _flips(example: Example) -> Any:
+  tf = tensorflow()
+  seed = tf.random.fold_in(example["seed"], 1)  # The crop used the bare seed.
+  return tf.random.stateless_uniform((), seed, alg="philox") < 0.5

@@ -17,6 +17,7 @@ from umae_jax.data.host_tensorflow import tensorflow
 from umae_jax.data.share import Example, Share, Source, Stage
 
 NAMES_SHOWN = 20  # Of unreadable images, in an error.
+STACK = 16  # Images that a thread works on at once, see `decode.guard`.
 
 
 class Batches(Iterator):
@@ -94,6 +95,7 @@ def train_batches(
   process_index: int = 0,
   process_count: int = 1,
   max_unreadable: float = 0.001,
+  device_crop: bool = False,
 ) -> Batches:
   """Endless shuffled, augmented batches of this process's rows.
 
@@ -115,9 +117,14 @@ def train_batches(
     process_index: which rows: [process_index * b, (process_index + 1) * b).
     process_count: number of processes, b = B / process_count.
     max_unreadable: fraction of the N images that may fail to decode.
+    device_crop: leave resizing and mirroring to `device_crop.finish`, which
+      the same windows then reach uncompressed. Needs a `crop_scale`, and no
+      `rand_augment`.
 
   Returns:
-    Batches of "image" (b, H, W, C) uint8 and "label" (b,) int32.
+    Batches of "image" (b, H, W, C) uint8 and "label" (b,) int32; or, with
+    `device_crop`, of "image" (b, *augment.canvas(image_size), C) uint8, its
+    "extent" (b, 2) int32, "flip" (b,) bool and "label".
 
   Raises:
     UserError: the batch does not divide over the processes, the channels do
@@ -129,24 +136,38 @@ def train_batches(
     share, seed=seed, start_step=start_step, shuffle_buffer=shuffle_buffer
   )
 
-  def add_seed(i, example):
-    step, row = start_step + i // share.rows, i % share.rows
-    position = step * batch_size + share.first_row + row
-    return example | {"seed": tf.stack([seed, position])}
-
   whole = decode.decode_whole(channels)
+  if crop_scale:
+    crop = augment.random_crop if device_crop else augment.random_resized_crop
+    crop = crop(image_size, tuple(crop_scale), channels)
+    # A window below the end of a truncated JPEG decodes only with the rest.
+    attempts = [[crop], [whole, crop]]
+  else:
+    attempts = [[whole, augment.central_crop(image_size, channels)]]
+  grey = {"image": decode.grey(image_size, channels)}
   rest = [augment.random_flip] if flip else []
+  if device_crop:
+    if rand_augment or not crop_scale:
+      raise ValueError("device_crop needs crop_scale, and no rand_augment.")
+    sides = augment.canvas(image_size)
+    grey = {"image": decode.grey(sides, channels)}
+    grey |= {"extent": tf.constant(sides), "flip": False}
+    rest = [augment.draw_flip(flip)]
   if rand_augment:
     rest.append(rand_augment_stage.rand_augment(rand_augment))
-  if crop_scale:
-    crop = augment.random_resized_crop(image_size, tuple(crop_scale), channels)
-    # A window below the end of a truncated JPEG decodes only with the rest.
-    attempts = [[crop, *rest], [whole, crop, *rest]]
-  else:
-    attempts = [[whole, augment.central_crop(image_size, channels), *rest]]
-  records = records.enumerate().map(add_seed)
-  images = _images(records, source, attempts, image_size, channels)
-  return Batches(_batch(images, share.rows), source, max_unreadable)
+
+  def add_seeds(number, examples):
+    i = number * stack + tf.range(stack, dtype=tf.int64)
+    step, row = start_step + i // share.rows, i % share.rows
+    position = step * batch_size + share.first_row + row
+    seeds = tf.stack([tf.fill([stack], tf.cast(seed, tf.int64)), position], 1)
+    return examples | {"seed": seeds}
+
+  stack = min(STACK, share.rows)
+  stacks = records.batch(stack, drop_remainder=True).enumerate().map(add_seeds)
+  attempts = [[*stages, *rest] for stages in attempts]
+  batches = _batches(stacks, source, attempts, grey, share.rows)
+  return Batches(batches, source, max_unreadable)
 
 
 def eval_batches(
@@ -179,59 +200,70 @@ def eval_batches(
   """
   share = Share(batch_size, process_index, process_count)
   limit = min(source.num_examples, limit or source.num_examples)
-  records = source.eval_records(share, limit)
+  stacks = source.eval_records(share, limit).batch(min(STACK, share.rows))
   stages = [
     decode.decode_whole(channels),
     augment.central_crop(image_size, channels),
   ]
-  images = _images(records, source, [stages], image_size, channels)
+  grey = {"image": decode.grey(image_size, channels)}
+  batches = _batches(stacks, source, [stages], grey, share.rows)
 
-  def add_mask(example: Example) -> Example:
-    return example | {"mask": example["readable"] & (example["index"] >= 0)}
+  def add_mask(batch: Example) -> Example:
+    return batch | {"mask": batch["readable"] & (batch["index"] >= 0)}
 
-  batches = _batch(images.map(add_mask), share.rows)
-  return Batches(batches, source, max_unreadable=np.inf)
+  return Batches(batches.map(add_mask), source, max_unreadable=np.inf)
 
 
-def _images(
-  records: Any,
+def _batches(
+  stacks: Any,
   source: Source,
   attempts: Sequence[Sequence[Stage]],
-  image_size: tuple[int, int],
-  channels: int,
+  grey: Example,
+  rows: int,
 ) -> Any:
-  """Runs the stages on every record, in parallel; adds "readable".
+  """Runs the stages on every record, in parallel; batches, and reads ahead.
 
-  If `attempts[0]` fails the next is tried, and in the end there is a grey
-  image. Arrays can not fail and are spared the guard.
+  Args:
+    stacks: dataset of stacked Examples.
+    source: where they are from.
+    attempts: lists of stages; if the first fails the next is tried.
+    grey: what is delivered of an image on which all fail. Its keys, "label",
+      "index" and "readable" are those of a batch.
+    rows: of a batch.
   """
   tf = tensorflow()
-  stored = records.element_spec["image"]
+  stored = stacks.element_spec["image"]
   has_pixels = stored.dtype != tf.string
-  _check_channels(channels, stored.shape[-1] if has_pixels else 3)
+  _check_channels(
+    grey["image"].shape[-1], stored.shape[-1] if has_pixels else 3
+  )
 
   def read(example: Example) -> Example:
     return example | {"image": tf.io.read_file(example["image"])}
 
-  def grey(example: Example) -> Example:
-    image = tf.fill((*image_size, channels), tf.constant(decode.GREY, tf.uint8))
-    return example | {"image": image, "readable": False}
+  def result(example: Example, readable: bool) -> Example:
+    kept = {key: example[key] for key in (*grey, "label", "index")}
+    return kept | {"readable": readable}
 
   def chain(stages: Sequence[Stage]) -> Stage:
     def run(example: Example) -> Example:
       for stage in stages:
         example = stage(example)
-      return example | {"readable": True}
+      return result(example, True)
 
     return run
 
-  if has_pixels:
-    return records.map(chain(attempts[0]), num_parallel_calls=tf.data.AUTOTUNE)
   first = [read] if source.is_path else []
   guarded = decode.guard(
-    [chain([*first, *stages]) for stages in attempts], grey
+    [chain([*first, *stages]) for stages in attempts],
+    lambda example: result(example | grey, False),
   )
-  return records.apply(guarded)
+  options = tf.data.Options()
+  options.deterministic = True
+  # The images are the parallel work; one alone is too small to be divided.
+  options.threading.max_intra_op_parallelism = 1
+  batches = stacks.apply(guarded).rebatch(rows, drop_remainder=True)
+  return batches.prefetch(2).with_options(options)
 
 
 def _check_channels(channels: int, stored: int) -> None:
@@ -241,13 +273,3 @@ def _check_channels(channels: int, stored: int) -> None:
       f"config.data.channels={channels} can not be made of {stored}-channel "
       "images; use 3 (RGB) or 1 (grey)."
     )
-
-
-def _batch(images: Any, rows: int) -> Any:
-  """Batches what the iterator needs of each example, and reads ahead."""
-  options = tensorflow().data.Options()
-  options.deterministic = True
-  names = {"image", "label", "mask", "index", "readable"}
-  images = images.map(lambda e: {k: v for k, v in e.items() if k in names})
-  batches = images.batch(rows, drop_remainder=True).prefetch(2)
-  return batches.with_options(options)
