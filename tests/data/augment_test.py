@@ -70,6 +70,17 @@ def test_random_crop_agrees_with_pillow(write, kind):
     assert error.mean() < 1 and error.max() <= (12 if kind == "JPEG" else 2)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resizing_equals_that_of_tensorflow_to_the_bit(channels):
+  rng = np.random.default_rng(0)
+  for shape in [(61, 35), (20, 90), (1, 7), (32, 24)]:
+    image = rng.integers(0, 256, (*shape, channels)).astype(np.uint8)
+    got = augment.resize(tf.constant(image), (32, 24))
+    expected = tf.image.resize(image, (32, 24), "bicubic", antialias=True)
+    expected = np.clip(np.round(expected), 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(got, expected)
+
+
 @pytest.mark.parametrize(
   "shape, margin", [((90, 120), 256 / 224), ((30, 50), 1.0)]
 )

@@ -1,9 +1,10 @@
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
-from umae_jax import UserError
+from umae_jax import UserError, device_crop
 from umae_jax.data import decode, pipeline, sources
 
 SIZE = (24, 24)
@@ -131,6 +132,62 @@ def test_rand_augment_comes_last_and_keeps_the_promises(open_source, kind):
   assert 2 < same < 30
   for a, b in zip(plain, whole):
     np.testing.assert_array_equal(a["label"], b["label"])
+
+
+@pytest.fixture(scope="module")
+def odd_folder(tmp_path_factory, write):
+  """JPEGs and PNGs of many sizes; one ends early, one does not decode."""
+  folder = tmp_path_factory.mktemp("odd") / "train" / "only"
+  folder.mkdir(parents=True)
+  # With a canvas of 42: windows that fit, that do not, of one pixel's width.
+  for i, size in enumerate([(24, 24), (31, 57), (90, 40), (160, 170), (9, 1)]):
+    for kind in ("JPEG", "PNG"):
+      data = write.encode(write.picture(i, size), kind)
+      (folder / f"{i}.{kind.lower()}").write_bytes(data)
+  data = write.encode(write.picture(5, (90, 90)))
+  (folder / "cut.jpeg").write_bytes(data[: len(data) * 3 // 4])
+  (folder / "bad.jpeg").write_bytes(data[:300])
+  return folder.parents[1]
+
+
+@pytest.mark.parametrize("channels, flip, start", [(3, True, 0), (1, False, 3)])
+def test_the_device_crops_as_the_host_does(odd_folder, channels, flip, start):
+  source = sources.open_source(
+    "folder", "train", directory=str(odd_folder), image_size=SIZE, channels=3
+  )
+  options = {"channels": channels, "flip": flip, "max_unreadable": 1.0}
+  expected = train(source, 8, **options)[start:]
+  options |= {"start_step": start, "process_index": 1, "process_count": 2}
+  shipped = train(source, 8 - start, device_crop=True, **options)
+  finish = jax.jit(device_crop.finish, static_argnums=1)
+  extents = np.concatenate([batch["extent"] for batch in shipped])
+  assert (extents <= 42).all() and len(np.unique(extents, axis=0)) > 5
+  flips = np.concatenate([batch["flip"] for batch in shipped])
+  assert flips.any() == flip and not flips.all()
+  for batch, other in zip(shipped, expected):
+    assert batch["image"].shape == (4, 42, 42, channels)
+    assert batch["image"].dtype == np.uint8
+    got = finish(batch, SIZE)
+    assert got.keys() == other.keys()
+    np.testing.assert_array_equal(got["label"], other["label"][4:])
+    error = np.abs(np.asarray(got["image"]).astype(int) - other["image"][4:])
+    assert error.max() <= 1
+
+
+@pytest.mark.parametrize("wrong", [{"crop_scale": ()}, {"rand_augment": 9.0}])
+def test_device_crop_is_not_silently_without_effect(open_source, wrong):
+  with pytest.raises(ValueError, match="needs crop_scale, and no rand_augment"):
+    train(open_source("made"), 1, device_crop=True, **wrong)
+
+
+def test_stacks_need_not_divide_the_batch(open_source):
+  """Batches of 37 are made of stacks of 16, and end where they should."""
+  source = open_source("tiny_set")
+  batches = train(source, 3, batch_size=37, **PLAIN)
+  expected = sorted(rows(evaluate(source, batch_size=1)))
+  assert all(sorted(rows([batch])) == expected for batch in batches)
+  (whole,) = evaluate(source, batch_size=37)
+  assert whole["mask"].all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -88,6 +88,8 @@ def guard(attempts: Sequence[Stage], blank: Stage) -> Any:
     image; if it fails, example by example.
   """
   tf = tensorflow()
+  # Traced once, although the first one is used twice.
+  attempts = [tf.function(attempt, autograph=False) for attempt in attempts]
 
   def first_success(example: Example):
     record = tf.data.Dataset.from_tensors(example)
