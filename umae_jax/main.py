@@ -8,33 +8,16 @@ Exit codes: 0 finished, 1 stopped with an error, 2 wrong usage, configuration
 or data, 75 asked to stop (SIGTERM) and saved: run the same command again.
 """
 
-import difflib
+import functools
 import os
 import pathlib
-import re
-import sys
-
-# Before TensorFlow loads, which only reads images here.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 from absl import app, flags, logging
 import jax
-import ml_collections
-from ml_collections import config_flags
 
-from umae_jax import UserError
-from umae_jax import config as config_lib
+from umae_jax import UserError, command_line, host_memory
+from umae_jax.command_line import EXIT_ERROR, EXIT_PREEMPTED, fail
 
-EXIT_ERROR, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
-
-_CONFIG = config_flags.DEFINE_config_file(
-  "config",
-  None,
-  "A file of configs/, with an optional variant, e.g. configs/digits.py:smoke. "
-  "Any of its keys can be set: --config.loss.uniformity_weight=0.1.",
-  lock_config=True,
-)
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
@@ -64,7 +47,7 @@ def main(argv: list[str]) -> int:
     from umae_jax import loop, run
 
     prepared = run.prepare(
-      _CONFIG.value,
+      command_line.CONFIG.value,
       _WORKDIR.value,
       allow_config_change=_ALLOW_CONFIG_CHANGE.value,
     )
@@ -77,6 +60,10 @@ def main(argv: list[str]) -> int:
 
 def connect() -> None:
   """Joins the other processes, if asked to, and finds the devices."""
+  host_memory.keep_freed_memory()
+  if not jax.config.jax_compilation_cache_dir:  # Not set by the environment.
+    cache = pathlib.Path("~/.cache/umae_jax/compiled").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(cache))
   try:
     if _MULTIHOST.value:
       number = os.environ.get("JAX_NUM_PROCESSES")
@@ -94,58 +81,7 @@ def connect() -> None:
     ) from error
 
 
-def parse(argv: list[str]) -> list[str]:
-  """Parses the flags; whatever is wrong with them is told in one line."""
-  try:
-    check_overrides(argv)
-    rest = flags.FLAGS(argv)
-    if len(rest) > 1:
-      raise UserError(f"unexpected arguments {rest[1:]}; see --help")
-    if not asks_for_help():
-      check_required()
-  except Exception as error:
-    lines = str(error).strip().splitlines()
-    sys.exit(fail(f"{lines[0]} {lines[-1]}" if lines[1:] else lines[0]))
-  return rest
-
-
-def check_overrides(argv: list[str]) -> None:
-  """Refuses --config.KEY for keys that no config has."""
-  keys = config_lib.flatten(config_lib.defaults())
-  for argument in argv[1:]:
-    match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
-    if match and match[1] not in keys:
-      near = difflib.get_close_matches(match[1], keys, cutoff=0.5)
-      raise UserError(
-        f"config.{match[1]} is not a key; did you mean one of {near}? "
-        "umae_jax/config.py lists them all."
-      )
-
-
-def check_required() -> None:
-  """Refuses missing flags, and a --config that is not there."""
-  for name in ("config", "workdir"):
-    if flags.FLAGS[name].value is None:
-      raise UserError(f"--{name} is missing; see --help")
-  if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
-    names = [str(path) for path in sorted(pathlib.Path("configs").glob("*.py"))]
-    raise UserError(
-      "--config names no readable file; in this directory there are "
-      f"{names}, each with optional :variant."
-    )
-
-
-def asks_for_help() -> bool:
-  """Whether one of absl's help flags is given."""
-  names = ("help", "helpfull", "helpshort", "helpxml", "only_check_args")
-  return any(flags.FLAGS[name].value for name in names)
-
-
-def fail(error: Exception | str, code: int = EXIT_USAGE) -> int:
-  """Prints an error for people, and returns the exit code."""
-  print(f"umae_jax: {error}", file=sys.stderr, flush=True)
-  return code
-
+parse = functools.partial(command_line.parse, required=("config", "workdir"))
 
 if __name__ == "__main__":
   app.run(main, flags_parser=parse)

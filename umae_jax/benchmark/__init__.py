@@ -1,0 +1,1 @@
+"""Images per second, memory and compile time; side by side with PyTorch."""
