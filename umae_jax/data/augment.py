@@ -130,9 +130,11 @@ def random_crop(
       lambda: resize(image, image_size),
     )
     extent = tf.shape(image)[:2]
-    rest = tf.concat([sides - extent, [0]], 0)
-    image = tf.pad(image, tf.stack([tf.zeros_like(rest), rest], 1))
-    image = tf.ensure_shape(image, (*canvas(image_size), channels))
+    # Padding is fast along long rows: (h, w * C).
+    rest = (sides - extent) * [1, channels]
+    rows = tf.reshape(image, extent * [1, channels])
+    rows = tf.pad(rows, tf.stack([tf.zeros_like(rest), rest], 1))
+    image = tf.reshape(rows, (*canvas(image_size), channels))
     return example | {"image": image, "extent": extent}
 
   return stage
