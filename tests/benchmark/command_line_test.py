@@ -50,6 +50,7 @@ def test_all_figures_of_both_sides(tmp_path, feed):
   )
   assert done.returncode == 0, done.stderr
   result = json.loads(file.read_text())
+  assert ("input" in result) == (feed == "host")
   assert all(map(math.isfinite, numbers(result)))
   assert 0 < result["synthetic"]["mfu"] < 1
   rate = result["synthetic"]["images_per_second"]

@@ -28,6 +28,7 @@ from umae_jax.benchmark.worker import Worker
 
 PACKAGE = "umae_jax.benchmark"
 QUIET = 0.25  # Seconds before a round: threads of the other side still spin.
+INPUT_IMAGES = 1_024  # To measure the input with, at least.
 FILLED = 4  # Steps not timed: those that the input has ready.
 
 _AGAINST = flags.DEFINE_enum(
@@ -118,6 +119,11 @@ def measure(config: ml_collections.ConfigDict) -> dict[str, Any]:
       torch.close()
     result["uniformity"] = uniformity(jax, synthetic)
     result["end_to_end"] = end_to_end(jax, synthetic, config)
+    jax.close()
+    if config.data.feed != "memory" and "missing" not in result["end_to_end"]:
+      source = start("input_side:InputSide")
+      enough = max(2 * FILLED, INPUT_IMAGES // config.batch_size)
+      result["input"] = source.call("measure", enough)
   return result
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from umae_jax import (
   UserError,
   feeding,
+  host_memory,
   run,
   sharding,
   train_step,
@@ -40,6 +41,7 @@ class JaxSide:
   """
 
   def __init__(self, config: ml_collections.ConfigDict):
+    host_memory.keep_freed_memory()  # As a run does.
     # Of this process alone and empty, so that the first compilation is cold.
     self._cache = tempfile.TemporaryDirectory(prefix="umae_jax_compiled_")
     jax.config.update("jax_compilation_cache_dir", self._cache.name)
