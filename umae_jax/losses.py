@@ -61,6 +61,26 @@ def reconstruction_loss(
   return (error * mask).sum() / mask.sum()
 
 
+def removed_patches_loss(
+  prediction: jax.Array, target: jax.Array, *, normalize_pixels: bool
+) -> jax.Array:
+  """`reconstruction_loss` of the removed patches alone.
+
+  Args:
+    prediction: (B, L - K, P).
+    target: (B, L - K, P), raw values of the same patches.
+    normalize_pixels: as of `reconstruction_loss`.
+
+  Returns:
+    () float32.
+  """
+  chex.assert_equal_shape([prediction, target])
+  target = target.astype(jnp.float32)
+  if normalize_pixels:
+    target = normalize_patches(target)
+  return jnp.square(prediction.astype(jnp.float32) - target).mean()
+
+
 def second_moment(features: jax.Array) -> jax.Array:
   """C = Z^T Z / B of the rows z_i = f_i / |f_i|, (B, D) -> (D, D) float32.
 

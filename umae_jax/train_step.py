@@ -150,8 +150,8 @@ def make_train_step(
 
   Returns:
     The step. Its metrics are those of the objective, computed over the global
-    batch, and loss, gradient_norm, update_norm, skipped, skipped_in_a_row; of
-    several steps, the last one's.
+    batch, and loss, gradient_norm, update_norm (0 if not applied), skipped,
+    skipped_in_a_row; of several steps, the last one's.
   """
   batch_layout, everywhere = (
     sharding.batch_sharding(mesh),
@@ -170,16 +170,20 @@ def make_train_step(
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     apply = finite & (state.skipped_in_a_row < max_skips)
-    trained, frozen = _split(state.params, objective.frozen)
-    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-    params = optax.apply_updates(trained, updates) | frozen
-    if objective.follow is not None:
-      params |= objective.follow(params, statistics)
-    params, opt_state = jax.tree.map(
-      lambda new, old: jnp.where(apply, new, old),
-      (params, opt_state),
-      (state.params, state.opt_state),
-    )
+
+    def update():
+      trained, frozen = _split(state.params, objective.frozen)
+      updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+      params = optax.apply_updates(trained, updates) | frozen
+      if objective.follow is not None:
+        params |= objective.follow(params, statistics)
+      return params, opt_state, optax.tree.norm(updates)
+
+    def keep():
+      return state.params, state.opt_state, jnp.zeros(())
+
+    # Not `where`, which reads and writes all of the state once more.
+    params, opt_state, update_norm = jax.lax.cond(apply, update, keep)
     skip = 1 - apply.astype(jnp.int32)
     state = TrainState(
       state.step + 1,
@@ -191,7 +195,7 @@ def make_train_step(
     metrics = parts | {
       "loss": loss,
       "gradient_norm": grad_norm,
-      "update_norm": optax.tree.norm(updates),
+      "update_norm": update_norm,
       "skipped": state.skipped,
       "skipped_in_a_row": state.skipped_in_a_row,
     }

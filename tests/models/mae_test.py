@@ -165,6 +165,57 @@ def test_removed_patches_cannot_be_seen():
   assert np.abs(out.tokens - third.tokens).max() > 1e-3
 
 
+def test_what_training_needs_is_part_of_the_whole():
+  """Prediction and target of the removed patches; the loss is the same."""
+  noise = jax.random.uniform(jax.random.key(2), (3, 16))
+  images = jax.random.normal(jax.random.key(1), (3, 16, 16, 3))
+  model = small(decoder_depth=2)
+  variables = model.init(jax.random.key(0), images, noise)
+  whole = model.apply(variables, images, noise)
+  part = model.apply(variables, images, noise, method=model.predict_removed)
+  order = np.argsort(noise, axis=1)[:, 4:, None]
+  cut = patches.patchify(images, 4)
+  np.testing.assert_allclose(
+    part.prediction,
+    np.take_along_axis(np.asarray(whole.prediction), order, 1),
+    atol=1e-5,
+  )
+  np.testing.assert_array_equal(
+    part.target, np.take_along_axis(np.asarray(cut), order, 1)
+  )
+  np.testing.assert_array_equal(part.tokens, whole.tokens)
+  for normalize in (True, False):
+    np.testing.assert_allclose(
+      losses.removed_patches_loss(
+        part.prediction, part.target, normalize_pixels=normalize
+      ),
+      losses.reconstruction_loss(
+        images,
+        whole.prediction,
+        whole.mask,
+        patch_size=4,
+        normalize_pixels=normalize,
+      ),
+      rtol=1e-5,
+    )
+
+
+def test_no_gradient_scatters():
+  """Neither of the whole model's outputs nor of what training needs."""
+  noise = jnp.tile(jnp.arange(16.0), (2, 1))
+  images = jnp.ones((2, 16, 16, 3))
+  model = small()
+  variables = model.init(jax.random.key(0), images, noise)
+  for method in (None, model.predict_removed):
+
+    def loss(variables, method=method):
+      out = model.apply(variables, images, noise, method=method)
+      return out.prediction.sum() + out.tokens.sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(variables).compile().as_text()
+    assert " scatter(" not in compiled
+
+
 def test_encode_visible_is_the_encoder_of_the_whole_model():
   model = small()
   images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))

@@ -66,6 +66,54 @@ def test_images_do_not_see_one_another(block):
   np.testing.assert_allclose(alone, together, rtol=1e-5, atol=1e-6)
 
 
+def test_the_last_tokens_alone_are_those_of_all(block):
+  module, params, x = block
+  whole = module.apply({"params": params}, x)
+  factors = jnp.asarray([[0.5, 2.0], [0.0, 1.0], [1.0, 0.0]])
+  for given in (None, factors):
+    whole = module.apply({"params": params}, x, given)
+    some = module.clone(last=2).apply({"params": params}, x, given)
+    np.testing.assert_allclose(some, whole[:, -2:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dropping", [False, True])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_execution_changes_neither_parameters_nor_results(
+  remat, scan, dropping
+):
+  """Value and gradient; and it does what it is for, in the program."""
+  patches = jax.random.normal(jax.random.key(1), (2, 4, 12))
+  positions = jax.random.normal(jax.random.key(2), (1, 4, 16))
+  noise = jax.random.uniform(jax.random.key(3), (2, 3, 2))
+  noise = noise if dropping else None
+
+  def make(execution):
+    encoder = vit.Encoder(16, 3, 2, drop_path=0.5, execution=execution)
+    params = encoder.init(jax.random.key(0), patches, positions)
+
+    def loss(params):
+      return jnp.square(
+        encoder.apply(params, patches, positions, noise)[:, ::2]
+      ).sum()
+
+    return params, jax.jit(jax.value_and_grad(loss))
+
+  params, plain = make(vit.Execution())
+  same, other = make(vit.Execution(remat=remat, scan_layers=scan))
+  chex.assert_trees_all_equal(params, same)
+  chex.assert_trees_all_close(
+    plain(params), other(params), rtol=1e-4, atol=1e-5
+  )
+  jaxpr = str(jax.make_jaxpr(other)(params))
+  assert ("scan[" in jaxpr) == scan
+  assert ("remat" in jaxpr or "checkpoint" in jaxpr) == (remat != "none")
+  # Of "full", the linear layers run again for the gradient.
+  products = {"none": 0, "dots": 0, "full": 4}[remat] * (1 if scan else 3)
+  text = str(jax.make_jaxpr(plain)(params))
+  assert (jaxpr.count("dot_general") >= products) and "scan[" not in text
+
+
 def test_initial_kernels_are_xavier_uniform_and_biases_zero():
   """Of the fused qkv, too: its fan is (D, 3 D), as in MAE."""
   x = jnp.zeros((1, 4, 64))
@@ -83,11 +131,14 @@ def test_initial_kernels_are_xavier_uniform_and_biases_zero():
 
 
 def drop(noise, rate=0.5):
-  """One block of three on (3, 5, D) tokens, with noise (3, 2) or None."""
+  """A block of that rate on (3, 5, D) tokens, with noise (3, 2) or None."""
   x = jax.random.normal(jax.random.key(1), (3, 5, 16))
-  module = vit.Block(4, drop_path=rate)
+  module = vit.Block(4)
   variables = jax.jit(module.init)(jax.random.key(0), x)
-  return x, jax.jit(module.apply)(variables, x, noise)
+  factors = None
+  if noise is not None:  # Of the last of two blocks.
+    factors = vit.drop_factors(jnp.stack([noise, noise], 1), rate)[:, 1]
+  return x, jax.jit(module.apply)(variables, x, factors)
 
 
 def test_a_dropped_image_passes_unchanged_and_the_others_do_not():
@@ -102,12 +153,12 @@ def test_a_dropped_image_passes_unchanged_and_the_others_do_not():
 
 
 def test_a_kept_branch_is_scaled_so_that_the_mean_stays():
-  y = jax.random.normal(jax.random.key(1), (1000, 2, 3))
-  noise = jax.random.uniform(jax.random.key(2), (1000,))
-  got = vit.drop_path(y, noise, 0.2)
-  kept = np.asarray(noise) >= 0.2
-  np.testing.assert_allclose(got[kept], y[kept] / 0.8, rtol=1e-6)
-  assert not np.asarray(got)[~kept].any() and 150 < (~kept).sum() < 250
+  noise = jax.random.uniform(jax.random.key(2), (1000, 2, 2))
+  got = np.asarray(vit.drop_factors(noise, 0.2))
+  kept = np.asarray(noise)[:, 1] >= 0.2
+  np.testing.assert_array_equal(got[:, 0], 1)  # The first block's rate is 0.
+  np.testing.assert_allclose(got[:, 1][kept], 1 / 0.8, rtol=1e-6)
+  assert not got[:, 1][~kept].any() and 300 < (~kept).sum() < 500
 
 
 @pytest.mark.parametrize("depth, rates", [(3, (0, 0.2, 0.4)), (1, (0,))])

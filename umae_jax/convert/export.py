@@ -9,7 +9,7 @@ import numpy as np
 
 from umae_jax import UserError, checkpoint, models
 from umae_jax.convert import files, names, shapes, sources
-from umae_jax.models import vit
+from umae_jax.models import layers
 
 FORMS = ("umae_jax", "mae", "timm", "huggingface")
 
@@ -42,7 +42,7 @@ def write(
   if form == "timm" and decoder:
     lost.append(f"the decoder, {len(decoder)} parameters")
     flat = {k: x for k, x in flat.items() if k not in decoder}
-  if form != "huggingface" and model.norm_epsilon != vit.NORM_EPSILON:
+  if form != "huggingface" and model.norm_epsilon != layers.NORM_EPSILON:
     lost.append(f"norm_epsilon={model.norm_epsilon} (theirs is 1e-6)")
   flat, image_size = _with_tables(flat, model, image_size)
   if form == "huggingface":

@@ -8,7 +8,7 @@ import numpy as np
 
 from umae_jax import UserError, checkpoint, models
 from umae_jax.convert import fetch, files, names, shapes
-from umae_jax.models import patches, vit
+from umae_jax.models import layers, patches
 
 _TABLES = ("encoder/pos_embed", "decoder/pos_embed")
 _FIELDS = ("patch_size", "width", "depth", "num_heads", "mlp_ratio")
@@ -83,7 +83,7 @@ def load_file(
   )
   fields |= shapes.find_heads(fields, *heads, path)
   kept = ("norm_epsilon", "depth", "decoder_depth")
-  fields = {"norm_epsilon": vit.NORM_EPSILON} | fields
+  fields = {"norm_epsilon": layers.NORM_EPSILON} | fields
   fields |= {k: facts[k] for k in kept if k in facts and k in fields}
   model = shapes.make_model(fields, path)
   tables = {

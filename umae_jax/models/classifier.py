@@ -4,8 +4,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from umae_jax.models import layers, vit
 from umae_jax.models import patches as patches_lib
-from umae_jax.models import vit
 
 POOLS = ("cls", "mean")
 
@@ -30,6 +30,7 @@ class Classifier(nn.Module):
     drop_path: rate of stochastic depth at the last block, in [0, 1).
     dtype: of the encoder's matrix products; all else is float32.
     norm_epsilon: of every LayerNorm.
+    execution: how it is computed.
   """
 
   patch_size: int
@@ -40,8 +41,9 @@ class Classifier(nn.Module):
   pool: str
   mlp_ratio: float = 4.0
   drop_path: float = 0.0
-  dtype: vit.Dtype = None
-  norm_epsilon: float = vit.NORM_EPSILON
+  dtype: layers.Dtype = None
+  norm_epsilon: float = layers.NORM_EPSILON
+  execution: vit.Execution = vit.Execution()
 
   def setup(self):
     """Encoder, LayerNorm of the mean, head."""
@@ -57,8 +59,9 @@ class Classifier(nn.Module):
       final_norm=self.pool == "cls",
       train_positions=True,
       norm_epsilon=self.norm_epsilon,
+      execution=self.execution,
     )
-    self.fc_norm = nn.LayerNorm(epsilon=self.norm_epsilon)
+    self.fc_norm = layers.LayerNorm(epsilon=self.norm_epsilon)
     # MAE truncates at -2 and 2, a hundred thousand deviations: not at all.
     initializer = nn.initializers.normal(2e-5)
     self.head = nn.Dense(self.num_classes, kernel_init=initializer)

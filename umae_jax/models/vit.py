@@ -1,63 +1,82 @@
 """The vision transformer: block and encoder, with the arithmetic of MAE."""
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from umae_jax.models import attention, layers
 from umae_jax.models import patches as patches_lib
 
-Dtype = jnp.dtype | None
-NORM_EPSILON = 1e-6  # Of MAE's LayerNorms; Hugging Face's models have others.
+Dtype = layers.Dtype
+POLICIES = {  # What blocks keep for the gradient, of Execution.remat.
+  "none": None,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
-def dense(features: int, dtype: Dtype, name: str) -> nn.Dense:
-  """A linear layer as MAE starts it: Xavier-uniform kernel, zero bias."""
-  initializer = nn.initializers.xavier_uniform()
-  return nn.Dense(features, dtype=dtype, kernel_init=initializer, name=name)
+class Execution(NamedTuple):
+  """How a transformer is computed; its result and parameters do not depend.
 
+  Attributes:
+    attention: "xla" or "cudnn"; see `attention.attend`.
+    remat: what is computed again for the gradient, to save memory: "none",
+      "dots" (all but the linear layers) or "full" (whole blocks).
+    scan_layers: compile one block and loop over it, not each block: a program
+      that compiles faster and runs a little slower. The parameters stay those
+      of each block, so that a checkpoint fits both.
+  """
 
-def layer_norm(
-  dtype: Dtype, name: str, epsilon: float = NORM_EPSILON
-) -> nn.LayerNorm:
-  """LayerNorm, whose statistics are in float32 whatever the dtype."""
-  return nn.LayerNorm(epsilon=epsilon, dtype=dtype, name=name)
+  attention: str = "xla"
+  remat: str = "none"
+  scan_layers: bool = False
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention with a fused, biased qkv, (B, T, D) likewise.
+  """Multi-head self-attention with a fused, biased qkv.
 
   The softmax is float32 whatever the dtype.
   """
 
   num_heads: int
   dtype: Dtype = None
+  implementation: str = "xla"
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Every token attends to every token of its image."""
+  def __call__(self, x: jax.Array, last: int | None = None) -> jax.Array:
+    """(B, T, D) -> (B, S, D): the `last` S tokens attend to all T."""
     batch, tokens, width = x.shape
-    qkv = dense(3 * width, self.dtype, "qkv")(x)
+    # One matrix product of B T rows.
+    qkv = layers.dense(3 * width, self.dtype, "qkv")(x.reshape(-1, width))
     heads = (batch, tokens, 3, self.num_heads, width // self.num_heads)
     query, key, value = jnp.moveaxis(qkv.reshape(heads), 2, 0)
-    x = jax.nn.dot_product_attention(query, key, value, implementation="xla")
-    return dense(width, self.dtype, "proj")(x.reshape(batch, tokens, width))
+    if last is not None:
+      query = query[:, -last:]
+    x = attention.attend(query, key, value, self.implementation)
+    x = layers.dense(width, self.dtype, "proj")(x.reshape(-1, width))
+    return x.reshape(batch, -1, width)
 
 
-def drop_path(y: jax.Array, noise: jax.Array | None, rate: float) -> jax.Array:
-  """Drops a residual branch of some images: stochastic depth.
+def drop_factors(noise: jax.Array, rate: float) -> jax.Array:
+  """By what each residual branch of each block is multiplied.
 
   Args:
-    y: (B, T, D), the branch.
-    noise: (B,) uniform in [0, 1), or None: nothing is dropped.
-    rate: in [0, 1); an image keeps its branch, scaled by 1 / (1 - rate), where
-      the noise is at least this.
+    noise: (B, depth, 2) uniform in [0, 1), a value per image, block, branch.
+    rate: of the last block, in [0, 1); it rises linearly from 0 at the first.
+      A branch is dropped, 0, where its noise is below the block's rate, and
+      else scaled by 1 / (1 - rate), so that its mean stays.
+
+  Returns:
+    (B, depth, 2) float32.
 
   Source: Huang et al. 2016 (arXiv:1603.09382), per image as in timm.
   """
-  if noise is None or rate == 0:
-    return y
-  keep = (noise >= rate)[:, None, None]
-  return jnp.where(keep, y / (1 - rate), jnp.zeros_like(y))
+  rates = rate * jnp.arange(noise.shape[1]) / max(noise.shape[1] - 1, 1)
+  rates = rates[None, :, None]
+  return jnp.where(noise >= rates, 1 / (1 - rates), 0.0)
 
 
 class Block(nn.Module):
@@ -70,68 +89,84 @@ class Block(nn.Module):
   num_heads: int
   mlp_ratio: float = 4.0
   dtype: Dtype = None  # Compute dtype; parameters stay float32.
-  drop_path: float = 0.0
-  norm_epsilon: float = NORM_EPSILON
+  norm_epsilon: float = layers.NORM_EPSILON
+  attention: str = "xla"
+  last: int | None = None  # Only so many tokens are wanted: (B, `last`, D).
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, drop_noise: jax.Array | None = None
+    self, x: jax.Array, factors: jax.Array | None = None
   ) -> jax.Array:
     """Attention, then a two-layer perceptron, each on a residual branch.
 
-    `drop_noise` is (B, 2): of each image's first and second branch.
+    `factors` is (B, 2): of each image's first and second branch.
     """
     width = x.shape[-1]
-    first, second = (None, None) if drop_noise is None else drop_noise.T
-    y = layer_norm(self.dtype, "norm1", self.norm_epsilon)(x)
-    y = Attention(self.num_heads, self.dtype, name="attn")(y)
-    x = x + drop_path(y, first, self.drop_path)
-    y = layer_norm(self.dtype, "norm2", self.norm_epsilon)(x)
-    y = dense(int(self.mlp_ratio * width), self.dtype, "fc1")(y)  # (B, T, 4D)
-    y = nn.gelu(y, approximate=False)
-    y = dense(width, self.dtype, "fc2")(y)
-    return x + drop_path(y, second, self.drop_path)
+
+    def branch(y, index):
+      if factors is None:
+        return y
+      return y * factors[:, index, None, None].astype(y.dtype)
+
+    y = layers.LayerNorm(self.dtype, self.norm_epsilon, name="norm1")(x)
+    attend = Attention(self.num_heads, self.dtype, self.attention, name="attn")
+    y = branch(attend(y, self.last), 0)
+    x = y + (x if self.last is None else x[:, -self.last :])
+    y = layers.LayerNorm(self.dtype, self.norm_epsilon, name="norm2")(x)
+    hidden = int(self.mlp_ratio * width)
+    y = layers.dense(hidden, self.dtype, "fc1")(y.reshape(-1, width))
+    y = layers.gelu(y)  # (B T, 4 D)
+    y = layers.dense(width, self.dtype, "fc2")(y)
+    return x + branch(y.reshape(x.shape), 1)
 
 
 def transformer(
+  module: nn.Module,
   x: jax.Array,
   depth: int,
-  num_heads: int,
-  mlp_ratio: float,
-  dtype: Dtype,
-  drop_path: float = 0.0,
-  drop_noise: jax.Array | None = None,
-  norm_epsilon: float = NORM_EPSILON,
+  fields: Mapping[str, Any],
+  execution: Execution,
+  factors: jax.Array | None = None,
+  last: int | None = None,
 ) -> jax.Array:
   """`depth` blocks, (B, T, D) -> (B, T, D), without a final LayerNorm.
 
-  For use inside a module, whose parameters block0, block1, ... it adds.
-
   Args:
+    module: whose parameters block0, block1, ... are used, or made; this is a
+      part of its compact call.
     x: the tokens.
     depth: number of blocks.
-    num_heads: of each block.
-    mlp_ratio: of each block.
-    dtype: of the matrix products.
-    drop_path: rate of the last block; it rises linearly from 0 at the first.
-    drop_noise: (B, depth, 2) uniform in [0, 1), or None: nothing is dropped.
-    norm_epsilon: of each LayerNorm.
-
-  Raises:
-    ValueError: the noise has another shape.
+    fields: of each `Block`.
+    execution: how to compute them.
+    factors: (B, depth, 2) of `drop_factors`, or None: nothing is dropped.
+    last: only so many tokens are wanted, (B, `last`, D): the last block
+      computes no others.
   """
-  if drop_noise is not None and drop_noise.shape != (len(x), depth, 2):
-    raise ValueError(
-      f"drop_noise has shape {drop_noise.shape}; it needs one value for each "
-      f"of the (images, blocks, branches) = {(len(x), depth, 2)}."
+  fields = {**fields, "attention": execution.attention}
+  remat, policy = execution.remat != "none", POLICIES[execution.remat]
+  scanned = 0
+  if execution.scan_layers and not module.is_initializing():
+    scanned = depth if last is None else depth - 1
+    names = [f"block{i}" for i in range(scanned)]
+    stacked = jax.tree.map(
+      lambda *leaves: jnp.stack(leaves),
+      *(module.get_variable("params", name) for name in names),
     )
-  for i in range(depth):
-    rate = drop_path * i / max(depth - 1, 1)
-    noise = None if drop_noise is None else drop_noise[:, i]
-    block = Block(
-      num_heads, mlp_ratio, dtype, rate, norm_epsilon, name=f"block{i}"
-    )
-    x = block(x, noise)
+    block = Block(**fields, parent=None)
+
+    def step(x, layer):
+      params, factors = layer
+      return block.apply({"params": params}, x, factors), None
+
+    if remat:
+      step = jax.checkpoint(step, policy=policy)
+    parts = None if factors is None else jnp.moveaxis(factors, 1, 0)[:scanned]
+    x, _ = jax.lax.scan(step, x, (stacked, parts))
+  kind = nn.remat(Block, policy=policy) if remat else Block
+  for i in range(scanned, depth):
+    wanted = last if i == depth - 1 else None
+    block = kind(**fields, last=wanted, name=f"block{i}")
+    x = block(x, None if factors is None else factors[:, i])
   return x
 
 
@@ -183,10 +218,11 @@ class Encoder(nn.Module):
   num_heads: int
   mlp_ratio: float = 4.0
   dtype: Dtype = None
-  drop_path: float = 0.0  # Rate of the last block; see `transformer`.
+  drop_path: float = 0.0  # Rate of the last block; see `drop_factors`.
   final_norm: bool = True
   train_positions: bool = False
-  norm_epsilon: float = NORM_EPSILON
+  norm_epsilon: float = layers.NORM_EPSILON
+  execution: Execution = Execution()
 
   def positions(self, grid: tuple[int, int]) -> jax.Array:
     """(1, L, D) for an image of `grid` patches; see `positions`."""
@@ -216,15 +252,28 @@ class Encoder(nn.Module):
       (B, 1 + T, D) after the final LayerNorm, if there is one: class token,
       then the patches.
     """
-    x = dense(self.width, self.dtype, "patch_embed")(patches)
+    x = layers.dense(self.width, self.dtype, "patch_embed")(patches)
     x = x + positions.astype(x.dtype)
     shape = (1, 1, self.width)
     token = self.param("cls_token", nn.initializers.normal(0.02), shape)
     token = add_class_row(self, token).astype(x.dtype)
     token = jnp.broadcast_to(token, (len(x), 1, self.width))
     x = jnp.concatenate([token, x], axis=1)
-    size = (self.depth, self.num_heads, self.mlp_ratio, self.dtype)
-    x = transformer(x, *size, self.drop_path, drop_noise, self.norm_epsilon)
+    fields = dict(
+      num_heads=self.num_heads,
+      mlp_ratio=self.mlp_ratio,
+      dtype=self.dtype,
+      norm_epsilon=self.norm_epsilon,
+    )
+    factors, shape = None, (len(x), self.depth, 2)
+    if drop_noise is not None:
+      if drop_noise.shape != shape:
+        raise ValueError(
+          f"drop_noise has shape {drop_noise.shape}; it needs one value for "
+          f"each of the (images, blocks, branches) = {shape}."
+        )
+      factors = drop_factors(drop_noise, self.drop_path)
+    x = transformer(self, x, self.depth, fields, self.execution, factors)
     if not self.final_norm:
       return x
-    return layer_norm(self.dtype, "norm", self.norm_epsilon)(x)
+    return layers.LayerNorm(self.dtype, self.norm_epsilon, name="norm")(x)

@@ -13,6 +13,7 @@ from umae_jax import losses, models, optimizers, sharding
 from umae_jax.analysis import pictures, spectrum
 from umae_jax.data import sources
 from umae_jax.evals import knn, linear
+from umae_jax.models import masking
 from umae_jax.models import patches as patches_lib
 from umae_jax.tasks import Evaluation, Task, inputs
 from umae_jax.train_step import Objective
@@ -58,8 +59,24 @@ def make_model(
   config: ml_collections.ConfigDict, mesh: Mesh
 ) -> models.MaskedAutoencoder:
   """The model, of `config.model`'s fields."""
-  dtype = inputs.compute_dtype(config, mesh)
-  return models.MaskedAutoencoder(**dict(config.model) | {"dtype": dtype})
+  c = config.model
+  grid = patches_lib.grid_shape(tuple(config.data.image_size), c.patch_size)
+  patches = int(np.prod(grid))
+  execution = functools.partial(inputs.execution, config, mesh)
+  changed = {
+    "dtype": inputs.compute_dtype(config, mesh),
+    "execution": execution(
+      tokens=1 + masking.num_visible(patches, config.loss.mask_ratio),
+      width=c.width,
+      num_heads=c.num_heads,
+    ),
+    "decoder_execution": execution(
+      tokens=1 + patches,
+      width=c.decoder_width,
+      num_heads=c.decoder_num_heads,
+    ),
+  }
+  return models.MaskedAutoencoder(**dict(c) | changed)
 
 
 def make_objective(
@@ -96,13 +113,13 @@ def make_objective(
 
   def loss(params, batch, batch_moment):
     images = inputs.normalize(batch["image"], mean, std)
-    out = model.apply({"params": params}, images, batch["noise"], mask_ratio)
-    reconstruction = losses.reconstruction_loss(
-      images,
-      out.prediction,
-      out.mask,
-      patch_size=model.patch_size,
-      normalize_pixels=normalize_pixels,
+    out = model.apply(
+      {"params": params},
+      *(images, batch["noise"], mask_ratio),
+      method=model.predict_removed,
+    )
+    reconstruction = losses.removed_patches_loss(
+      out.prediction, out.target, normalize_pixels=normalize_pixels
     )
     uniformity = losses.uniformity_loss(out.tokens[:, 0], batch_moment)
     return reconstruction + uniformity_weight * uniformity, {
