@@ -20,7 +20,7 @@ MODELS = {
 # (Weights are told by their checksum, wherever they lie.)
 FREE_KEYS = (
   *("checkpoint.", "mesh.", "data.directory", "data.max_unreadable"),
-  "pretrained",
+  *("pretrained", "execution."),
 )
 
 
@@ -53,6 +53,12 @@ def defaults() -> ml_collections.ConfigDict:
 
   c.mesh = ml_collections.ConfigDict()
   c.mesh.fsdp = 1  # Devices that share one copy of the state.
+
+  # How the transformers are computed; the result does not change.
+  c.execution = ml_collections.ConfigDict()
+  c.execution.attention = "auto"  # The faster of "xla" and "cudnn", measured.
+  c.execution.remat = "none"  # To save memory, recompute: "dots" or "full".
+  c.execution.scan_layers = False  # Compiles faster, runs a little slower.
 
   c.evaluation = ml_collections.ConfigDict()
   c.evaluation.every_epochs = 10.0  # And at the end; 0 = only at the end.

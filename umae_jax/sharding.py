@@ -86,6 +86,13 @@ def sum_over_processes(number: int) -> int:
   return int(multihost_utils.process_allgather(np.array(number)).sum())
 
 
+def from_first_process(number: int) -> int:
+  """The first process's number, on all of them; all call it together."""
+  if jax.process_count() == 1:
+    return number
+  return int(multihost_utils.broadcast_one_to_all(np.array(number)))
+
+
 def preempted(call: int, stop_requested: bool) -> bool:
   """Whether the run should save and stop, the same on every process.
 

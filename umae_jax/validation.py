@@ -45,6 +45,8 @@ _CHOICES = {
   "probe.mode": ("train", "fast", "sweep"),
   "probe.feature": ("cls", "mean"),
   "classifier.pool": ("mean", "cls"),
+  "execution.attention": ("auto", "xla", "cudnn"),
+  "execution.remat": ("none", "dots", "full"),
   "model.dtype": ("auto", "float32", "bfloat16"),
 }
 

@@ -1,5 +1,7 @@
 """Fine-tuning: encoder and classifier trained together, as MAE does it."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -10,6 +12,7 @@ import optax
 from umae_jax import UserError, mixing, models, optimizers
 from umae_jax import config as config_lib
 from umae_jax.data import sources
+from umae_jax.models import patches as patches_lib
 from umae_jax.tasks import Task, classification, inputs
 from umae_jax.train_step import Objective
 
@@ -71,12 +74,21 @@ def make_model(
 ) -> models.Classifier:
   """The classifier, of `config.model`'s encoder; `source` = pretrained one."""
   encoder = ("patch_size", "width", "depth", "num_heads", "mlp_ratio")
+  c = config.model
+  grid = patches_lib.grid_shape(tuple(config.data.image_size), c.patch_size)
+  execution = inputs.execution(
+    *(config, mesh),
+    tokens=1 + math.prod(grid),
+    width=c.width,
+    num_heads=c.num_heads,
+  )
   return models.Classifier(
     **{key: config.model[key] for key in encoder},
     num_classes=num_classes,
     pool=config.classifier.pool,
     drop_path=config.classifier.drop_path,
     dtype=inputs.compute_dtype(config, mesh),
+    execution=execution,
     **({"norm_epsilon": source.norm_epsilon} if source else {}),
   )
 

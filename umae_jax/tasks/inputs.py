@@ -16,6 +16,7 @@ from umae_jax import UserError, convert, models, optimizers, sharding
 from umae_jax import config as config_lib
 from umae_jax.data import in_memory, pipeline, sources
 from umae_jax.evals import features
+from umae_jax.models import attention, vit
 
 
 def normalize(images: jax.Array, mean, std) -> jax.Array:
@@ -32,6 +33,48 @@ def compute_dtype(config: ml_collections.ConfigDict, mesh: Mesh) -> jnp.dtype:
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     name = "float32" if on_cpu else "bfloat16"
   return jnp.dtype(name)
+
+
+def execution(
+  config: ml_collections.ConfigDict,
+  mesh: Mesh,
+  *,
+  tokens: int,
+  width: int,
+  num_heads: int,
+) -> vit.Execution:
+  """How to compute a transformer on this mesh, of `config.execution`.
+
+  Args:
+    config: of the run.
+    mesh: where.
+    tokens: T of its sequences in training.
+    width: of a token.
+    num_heads: of its blocks.
+
+  Raises:
+    UserError: cuDNN's attention is asked for where there is none.
+  """
+  chosen, dtype = config.execution.attention, compute_dtype(config, mesh)
+  fits = mesh.devices.flat[0].platform == "gpu" and dtype == jnp.bfloat16
+  if chosen == "cudnn" and not fits:
+    raise UserError(
+      "config.execution.attention='cudnn' is for bfloat16 on NVIDIA GPUs; here "
+      f"are {mesh.devices.size} x {mesh.devices.flat[0].device_kind} and "
+      f"{dtype}. Set it to 'auto'."
+    )
+  if chosen == "auto":
+    chosen = "xla"
+    if fits:
+      images = config.batch_size // config.micro_batches // mesh.devices.size
+      shape = (max(images, 1), tokens, num_heads, width // num_heads)
+      names = attention.IMPLEMENTATIONS
+      number = names.index(attention.fastest(shape, dtype))
+      # All processes must run the same program.
+      chosen = names[sharding.from_first_process(number)]
+  return vit.Execution(
+    chosen, config.execution.remat, config.execution.scan_layers
+  )
 
 
 def make_batches(
