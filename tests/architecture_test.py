@@ -10,7 +10,7 @@ import pytest
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "umae_jax"
-MAX_LINES, MAX_FUNCTION_LINES, MAX_PACKAGE_LINES = 300, 60, 5600
+MAX_LINES, MAX_FUNCTION_LINES, MAX_PACKAGE_LINES = 300, 60, 7500
 
 # Level of each module or folder: a module imports only from lower levels, and
 # from its own folder where it has one.

@@ -1,4 +1,5 @@
 import functools
+import re
 
 import chex
 import hypothesis
@@ -107,6 +108,25 @@ def test_value_and_gradient_are_the_global_ones_on_any_devices(num_devices):
   np.testing.assert_allclose(value, expected, rtol=1e-6)
   one = jax.grad(losses.uniformity_loss)(jnp.asarray(FEATURES))
   np.testing.assert_allclose(grad, one, rtol=1e-4, atol=1e-8)
+
+
+def test_the_devices_sum_one_d_by_d_matrix_and_nothing_of_the_batch():
+  """Of the compiled value and gradient, for two sizes of the batch."""
+  mesh = sharding.make_mesh(devices=jax.devices())
+  step = jax.jit(
+    jax.value_and_grad(losses.uniformity_loss),
+    out_shardings=(sharding.replicated(mesh), sharding.batch_sharding(mesh)),
+  )
+  kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
+  for copies in (1, 4):
+    features = sharding.to_global(np.tile(FEATURES, (copies, 1)), mesh)
+    text = step.lower(features).compile().as_text()
+    found = re.findall(rf"= (\S+) ({kinds})(?:-start)?\(", text)
+    assert [kind for _, kind in found] == ["all-reduce"]
+    assert found[0][0].startswith("f32[16,16]")
+    rows = len(features)  # Nor is there a matrix of all pairs.
+    assert f"[{rows},{rows}]" not in text
+    assert f"[{rows // 8},{rows}]" not in text
 
 
 def test_an_average_over_devices_would_be_another_loss():

@@ -63,7 +63,7 @@ def advance(state, mesh, micro_batches=1, batches=BATCHES, objective=OBJECTIVE):
   return jax.device_get(state), jax.device_get(metrics)
 
 
-@pytest.mark.parametrize("num_devices, fsdp", [(2, 1), (8, 2)])
+@pytest.mark.parametrize("num_devices, fsdp", [(2, 1), (8, 2), (8, 8)])
 def test_number_of_devices_does_not_change_the_run(num_devices, fsdp):
   one, metrics_one = run(1)
   many, metrics_many = run(num_devices, fsdp)
@@ -145,6 +145,29 @@ def test_state_is_really_sharded_and_stays_so():
   state, _ = step(state, batch)
   for x in (state.params["w"], state.opt_state[0].trace["w"]):
     assert {s.data.shape for s in x.addressable_shards} == {(256, 64)}
+
+
+@pytest.mark.parametrize("fsdp", [2, 8])
+def test_bytes_of_state_on_a_device_fall_by_the_fsdp_factor(fsdp):
+  """Of a ViT with Adam's moments: all but small arrays are split."""
+  model = models.MaskedAutoencoder(4, 256, 2, 4, 128, 1, 4)
+
+  def init(key):
+    images = jnp.zeros((1, 16, 16, 3))
+    return model.init(key, images, jnp.zeros((1, 16)))["params"]
+
+  def bytes_per_device(fsdp):
+    mesh = sharding.make_mesh(fsdp)
+    state = train_step.abstract_state(
+      init, optax.adam(0.1), jax.random.key(0), mesh
+    )
+    return sum(
+      np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+      for x in jax.tree.leaves(state)
+    )
+
+  ratio = bytes_per_device(1) / bytes_per_device(fsdp)
+  assert 0.85 * fsdp < ratio <= fsdp
 
 
 def test_every_step_draws_new_masks_and_they_follow_from_the_seed():
