@@ -143,7 +143,7 @@ def random_crop(
 def canvas(image_size: tuple[int, int]) -> tuple[int, int]:
   """Sides in which windows travel to the device: 12/7 of (H, W), 384 of 224.
 
-  Nine tenths of the windows of ImageNet's images fit.
+  Five of six windows, of a fifth of the area or more, of ImageNet's images fit.
   """
   return tuple(-(-12 * side // 7) for side in image_size)
 
