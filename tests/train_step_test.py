@@ -150,7 +150,7 @@ def test_state_is_really_sharded_and_stays_so():
 @pytest.mark.parametrize("fsdp", [2, 8])
 def test_bytes_of_state_on_a_device_fall_by_the_fsdp_factor(fsdp):
   """Of a ViT with Adam's moments: all but small arrays are split."""
-  model = models.MaskedAutoencoder(4, 256, 2, 4, 128, 1, 4)
+  model = models.MaskedAutoencoder(4, 512, 2, 4, 256, 1, 4)
 
   def init(key):
     images = jnp.zeros((1, 16, 16, 3))
@@ -167,7 +167,7 @@ def test_bytes_of_state_on_a_device_fall_by_the_fsdp_factor(fsdp):
     )
 
   ratio = bytes_per_device(1) / bytes_per_device(fsdp)
-  assert 0.85 * fsdp < ratio <= fsdp
+  assert 0.8 * fsdp < ratio <= fsdp
 
 
 def test_every_step_draws_new_masks_and_they_follow_from_the_seed():
