@@ -61,8 +61,8 @@ def write(
 
 
 def _fields(model):
-  """The fields of a model of ours that are its own, but for the dtype."""
-  skipped = ("parent", "name", "dtype")
+  """What a model of ours is: its own fields, but for how it is computed."""
+  skipped = ("parent", "name", "dtype", "execution", "decoder_execution")
   fields = (x.name for x in dataclasses.fields(model))
   return {x: getattr(model, x) for x in fields if x not in skipped}
 
