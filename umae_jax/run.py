@@ -17,7 +17,14 @@ from umae_jax import (
 )
 from umae_jax import config as config_lib
 from umae_jax.data import in_memory, sources
-from umae_jax.tasks import Task, finetune, frozen, linear_probe, pretrain
+from umae_jax.tasks import (
+  Task,
+  finetune,
+  frozen,
+  inputs,
+  linear_probe,
+  pretrain,
+)
 
 Source = sources.Source | in_memory.MemorySource
 
@@ -66,14 +73,15 @@ def prepare(
     source.check(config.batch_size, jax.process_count())
   plan = config_lib.plan(config, train_source.num_examples)
   mesh = sharding.make_mesh(config.mesh.fsdp)
-  task = TASKS[config.task](config, plan, mesh, train_source, eval_source)
+  path = workdir.local_path(directory)
+  kept = with_recorded_attention(config, mesh, path)
+  task = TASKS[config.task](kept, plan, mesh, train_source, eval_source)
   identity = config_lib.flatten(config) | {
     "found.train_images": train_source.num_examples,
     "found.eval_images": eval_source.num_examples,
     "found.classes": zlib.crc32("\n".join(train_source.class_names).encode()),
   }
   identity |= {f"found.{key}": x for key, x in task.found.items()}
-  path = workdir.local_path(directory)
   workdir.check(
     path,
     identity,
@@ -82,6 +90,22 @@ def prepare(
   )
   sharding.synchronize("prepared")  # Before the first one writes.
   return Run(config, identity, plan, mesh, path, train_source, task)
+
+
+def with_recorded_attention(config, mesh, path) -> ml_collections.ConfigDict:
+  """The configuration, "auto" replaced by what the run in `path` has chosen.
+
+  Measured again, it might be another one, of another rounding. It is, where
+  the recorded one can not be had.
+  """
+  names = workdir.recorded(path, "found.attention")
+  if config.execution.attention != "auto" or not names:
+    return config
+  if not set(names.split(",")) <= set(inputs.attentions(config, mesh)):
+    return config
+  config = config.copy_and_resolve_references()
+  config.execution.attention = names
+  return config
 
 
 def open_source(config, split: str, crops: bool) -> Source:

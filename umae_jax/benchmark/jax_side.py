@@ -67,13 +67,14 @@ class JaxSide:
     self._calls = {}
 
   def facts(self) -> dict[str, Any]:
-    """The hardware, and the type of the matrix products."""
+    """The hardware, the type of the matrix products, and the attention."""
     devices = self._mesh.devices.flat
     return {
       "device_kind": devices[0].device_kind,
       "devices": self._mesh.devices.size,
       "platform": devices[0].platform,
       "dtype": str(inputs.compute_dtype(self._config, self._mesh)),
+      "attention": self._task.found["attention"],
     }
 
   def compile(self) -> dict[str, float]:
