@@ -6,7 +6,9 @@ ends early is not readable here.
 
 from collections.abc import Iterator, Sequence
 import concurrent.futures
+import io
 import os
+import pathlib
 
 import numpy as np
 from PIL import Image
@@ -29,20 +31,35 @@ def read(
     image_size: (H, W) to which `central_crop` brings them; None leaves them.
 
   Yields:
-    (h, w, C) uint8, or None for a file that is not readable.
+    (h, w, C) uint8, or None for a file that does not decode.
+
+  Raises:
+    OSError: a file can not be read, which says nothing about the image.
   """
 
   def read_one(path):
+    data = pathlib.Path(os.fsdecode(path)).read_bytes()
     try:
-      image = convert_channels(_decode(path), channels)
+      image = convert_channels(_decode(data), channels)
     # Pillow says what is wrong with a file in half a dozen ways.
     except Exception:
       return None
     return image if image_size is None else central_crop(image, image_size)
 
+  yield from _in_threads(read_one, paths)
+
+
+def central_crops(
+  images: np.ndarray, image_size: tuple[int, int]
+) -> Iterator[np.ndarray]:
+  """`central_crop` of each of (n, h, w, C), in several threads, in order."""
+  yield from _in_threads(lambda x: central_crop(x, image_size), images)
+
+
+def _in_threads(function, items: Sequence) -> Iterator:
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-    for begin in range(0, len(paths), CHUNK):
-      yield from threads.map(read_one, paths[begin : begin + CHUNK])
+    for begin in range(0, len(items), CHUNK):
+      yield from threads.map(function, items[begin : begin + CHUNK])
 
 
 def one_size(paths: Sequence[str | bytes]) -> tuple[int, int] | None:
@@ -52,19 +69,20 @@ def one_size(paths: Sequence[str | bytes]) -> tuple[int, int] | None:
   """
   found = set()
   for path in paths:
-    try:
-      with Image.open(path, formats=FORMATS) as image:
-        found.add((image.height, image.width))
-    except Exception:
-      continue
+    with open(path, "rb") as file:  # noqa: PTH123
+      try:
+        image = Image.open(file, formats=FORMATS)
+      except Exception:
+        continue
+      found.add((image.height, image.width))
     if len(found) > 1:
       return None
   return found.pop() if found else None
 
 
-def _decode(path: str | bytes) -> np.ndarray:
+def _decode(data: bytes) -> np.ndarray:
   """(h, w, 3) uint8; the first picture of an animation, without alpha."""
-  with Image.open(path, formats=FORMATS) as image:
+  with Image.open(io.BytesIO(data), formats=FORMATS) as image:
     if image.mode.startswith("I"):  # 16 bits of grey, of which eight are kept.
       grey = (np.asarray(image) >> 8).astype(np.uint8)
       return np.repeat(grey[..., None], 3, axis=-1)
