@@ -1,6 +1,7 @@
 import pathlib
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -10,10 +11,13 @@ from umae_jax import UserError, sharding
 from umae_jax.data import (
   arrays,
   folder,
+  image_files,
   in_memory,
   on_device,
   pipeline,
+  share,
   sources,
+  table,
 )
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -262,6 +266,57 @@ def test_unreadable_images_are_grey_named_and_limited(write, tmp_path, caplog):
     UserError, match=r"1 of 6 .*max_unreadable=0.1 .*001\.png"
   ):
     on_device.TrainingSet(source, mesh, max_unreadable=0.1, **options)
+
+
+def test_an_unreadable_record_is_named_where_classes_are_dropped(
+  write, tmp_path, caplog
+):
+  """By its place in the file, as TFDS counts."""
+  examples = [(write.encode(write.picture(i)), i % 3) for i in range(9)]
+  examples[7] = (b"no image", 1)
+  write.tfds(tmp_path, [examples[:4], examples[4:]], ["a", "b", "c"])
+  listing = tmp_path / "list.txt"
+  listing.write_text("b\nc\n")
+  source = sources.open_source(
+    "tiny_set",
+    "train",
+    directory=str(tmp_path),
+    classes=str(listing),
+    image_size=SIZE,
+    channels=3,
+  )
+  source = memory(source)
+  assert source.pixels.readable.tolist() == [True] * 4 + [False, True]
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  options = {"batch_size": 2, "seed": 0, "max_unreadable": 0.2} | PLAIN
+  (name,) = on_device.TrainingSet(source, mesh, **options).unreadable
+  assert name.endswith("tiny_set-train.tfrecord-00001-of-00002__3")
+  assert name in caplog.text
+
+
+def test_evaluation_cuts_images_in_several_threads(
+  write, tmp_path, monkeypatch
+):
+  write.folder(tmp_path / "train", {"a": 4, "b": 4})
+  found = folder.open_folder(
+    str(tmp_path), "train", eval_fraction=0.1, classes=""
+  )
+  source = memory(found, (12, 12), keep_size=True)
+  assert source.pixels.images.shape == (8, 24, 24, 3)
+  crop, threads = image_files.central_crop, set()
+
+  def watched(*arguments):
+    threads.add(threading.get_ident())
+    return crop(*arguments)
+
+  monkeypatch.setattr(image_files, "central_crop", watched)
+  (batch,) = in_memory.eval_batches(source, batch_size=8)
+  assert threads and threading.get_ident() not in threads
+  order = table.evaluation_rows(8, share.Share(8), 8)[0]
+  for image, row in zip(batch["image"], order):
+    np.testing.assert_array_equal(
+      image, crop(source.pixels.images[row], (12, 12))
+    )
 
 
 def test_a_set_that_does_not_fit_is_refused_unread():

@@ -70,6 +70,12 @@ class MemorySource:
     """Of all classes, in the order of the labels."""
     return self.source.class_names
 
+  def name_of(self, row: int) -> str:
+    """What to call the image in a row of `pixels`."""
+    is_table = isinstance(self.source, TableSource)
+    # A stream counts what it drops, too.
+    return self.source.name_of(row if is_table else self.source.kept[row])
+
   def check(self, batch_size: int, process_count: int) -> None:
     """Refuses batches that do not divide, and what does not fit into memory.
 
@@ -125,10 +131,10 @@ class MemorySource:
       images = image_files.read(stored, self.channels, size)
     else:
       stored = image_files.convert_channels(stored, self.channels)
-      images = (image_files.central_crop(image, size) for image in stored)
+      images = image_files.central_crops(stored, size)
     for index, (image, label) in enumerate(zip(images, self.source.labels)):
       if image is None:
-        name = self.source.name_of(index)
+        name = self.name_of(index)
         logging.warning("Not readable, replaced by grey: %s", name)
       yield image, label
 
@@ -184,8 +190,8 @@ def eval_batches(
     row = np.maximum(index, 0)
     images = pixels.images[row]
     if images.shape[1:3] != source.image_size:
-      size = source.image_size
-      images = np.stack([image_files.central_crop(x, size) for x in images])
+      crops = image_files.central_crops(images, source.image_size)
+      images = np.stack(list(crops))
     yield {
       "image": images,
       "label": np.where(index < 0, 0, pixels.labels[row]),
