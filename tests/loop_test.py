@@ -191,7 +191,7 @@ def digits_run(directory, monkeypatch):
   run.config.log.every_steps = 32
   run.config.checkpoint.every_steps = 45
   digits = in_memory.MemorySource(
-    arrays.open_digits("train"), (8, 8), 1, keep_size=False
+    arrays.open_digits("train"), (8, 8), 1, crops=False
   )
   return run._replace(train_source=digits)
 

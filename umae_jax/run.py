@@ -66,11 +66,9 @@ def prepare(
     num_devices=jax.device_count(),
     num_processes=jax.process_count(),
   )
-  crops = len(config.data.crop_scale) > 0
-  train_source = open_source(config, config.data.train_split, crops)
-  eval_source = open_source(config, config.data.eval_split, False)
-  for source in (train_source, eval_source):
-    source.check(config.batch_size, jax.process_count())
+  train_source = open_source(config, training=True)
+  eval_source = open_source(config, training=False)
+  check_sources(config, train_source, eval_source)
   plan = config_lib.plan(config, train_source.num_examples)
   mesh = sharding.make_mesh(config.mesh.fsdp)
   path = workdir.local_path(directory)
@@ -108,9 +106,10 @@ def with_recorded_attention(config, mesh, path) -> ml_collections.ConfigDict:
   return config
 
 
-def open_source(config, split: str, crops: bool) -> Source:
-  """A split of the data; `crops`: random ones are taken of its images."""
+def open_source(config, *, training: bool) -> Source:
+  """The data to train on, or those to evaluate on."""
   data = config.data
+  split = data.train_split if training else data.eval_split
   image_size = tuple(data.image_size)
   source = sources.open_source(
     data.name,
@@ -123,7 +122,16 @@ def open_source(config, split: str, crops: bool) -> Source:
   )
   if data.feed != "memory":
     return source
+  crops = training and len(data.crop_scale) > 0
   return in_memory.MemorySource(source, image_size, data.channels, crops)
+
+
+def check_sources(config, train: Source, *others: Source) -> None:
+  """Refuses what gives no such batches, or does not fit into memory."""
+  for source in (train, *others):
+    source.check(config.batch_size, jax.process_count())
+  if config.data.feed == "memory":
+    in_memory.check_memory(train, *others, processes=sharding.processes_here())
 
 
 def describe(run, state, start):

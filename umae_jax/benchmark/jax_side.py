@@ -118,10 +118,9 @@ class JaxSide:
   def open_feed(self) -> dict[str, str]:
     """Makes steps("end_to_end", n) possible; {"missing": why} if it is not."""
     config = self._config
-    crops = len(config.data.crop_scale) > 0
     try:
-      source = run.open_source(config, config.data.train_split, crops)
-      source.check(config.batch_size, jax.process_count())
+      source = run.open_source(config, training=True)
+      run.check_sources(config, source)
       config_lib.plan(config, source.num_examples)
       feed = feeding.open_feed(config, source, self._mesh, self._step)
     except UserError as error:

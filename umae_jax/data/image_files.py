@@ -4,11 +4,11 @@ As `decode` and `augment.central_crop`, to within two grey levels; a JPEG that
 ends early is not readable here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import concurrent.futures
 import io
 import os
-import pathlib
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -38,7 +38,8 @@ def read(
   """
 
   def read_one(path):
-    data = pathlib.Path(os.fsdecode(path)).read_bytes()
+    with open(path, "rb") as file:  # noqa: PTH123
+      data = file.read()
     try:
       image = convert_channels(_decode(data), channels)
     # Pillow says what is wrong with a file in half a dozen ways.
@@ -62,22 +63,22 @@ def _in_threads(function, items: Sequence) -> Iterator:
       yield from threads.map(function, items[begin : begin + CHUNK])
 
 
-def one_size(paths: Sequence[str | bytes]) -> tuple[int, int] | None:
-  """(h, w) of all the images; None if they differ. Decodes none of them.
+def sizes(files: Iterable[BinaryIO]) -> set[tuple[int, int]]:
+  """Sizes, (h, w), of encoded images; ends with the second. Decodes none.
 
-  Files that are not readable do not count.
+  What is no image has no size.
   """
   found = set()
-  for path in paths:
-    with open(path, "rb") as file:  # noqa: PTH123
+  for file in files:
+    with file:
       try:
         image = Image.open(file, formats=FORMATS)
       except Exception:
         continue
       found.add((image.height, image.width))
     if len(found) > 1:
-      return None
-  return found.pop() if found else None
+      break
+  return found
 
 
 def _decode(data: bytes) -> np.ndarray:
