@@ -19,6 +19,7 @@ setuptools.setup(
   install_requires=[
     "absl-py>=2.1",
     "chex>=0.1.90",
+    "filelock>=3",  # JAX, for a compilation cache of limited size.
     "flax>=0.12",
     "importlib-resources",  # TFDS imports it, and does not say so.
     "jax>=0.10",

@@ -25,6 +25,34 @@ SMALL = [
   "--config.log.every_steps=1",
 ]
 
+
+def test_compiled_programs_are_kept_up_to_a_size(tmp_path):
+  """In the home directory; the least recently used go first."""
+  program = (
+    "import jax\n"
+    "from umae_jax import main\n"
+    "main.keep_programs()\n"
+    "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
+    "jax.jit(lambda x: x + 1)(1.0)\n"
+    "print(jax.config.jax_compilation_cache_dir)\n"
+    "print(jax.config.jax_compilation_cache_max_size)\n"
+  )
+  environment = os.environ | {"HOME": str(tmp_path)}
+  environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+  done = subprocess.run(
+    [sys.executable, "-W", "error", "-c", program],
+    env=environment,
+    cwd=REPOSITORY,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  folder, size = done.stdout.split()
+  home = tmp_path / ".cache" / "umae_jax" / "compiled"
+  assert pathlib.Path(folder).parent == home and 0 < int(size) < 2**33
+  assert list(pathlib.Path(folder).glob("*-cache"))
+
+
 SUMMARY = (
   "effective_rank",
   "participation_ratio",

@@ -11,12 +11,15 @@ or data, 75 asked to stop (SIGTERM) and saved: run the same command again.
 import functools
 import os
 import pathlib
+import zlib
 
 from absl import app, flags, logging
 import jax
 
 from umae_jax import UserError, command_line, host_memory
 from umae_jax.command_line import EXIT_ERROR, EXIT_PREEMPTED, fail
+
+MOST_COMPILED = 4 * 2**30  # Bytes of compiled programs that are kept on disk.
 
 _WORKDIR = flags.DEFINE_string(
   "workdir",
@@ -61,9 +64,7 @@ def main(argv: list[str]) -> int:
 def connect() -> None:
   """Joins the other processes, if asked to, and finds the devices."""
   host_memory.keep_freed_memory()
-  if not jax.config.jax_compilation_cache_dir:  # Not set by the environment.
-    cache = pathlib.Path("~/.cache/umae_jax/compiled").expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+  keep_programs()
   try:
     if _MULTIHOST.value:
       number = os.environ.get("JAX_NUM_PROCESSES")
@@ -79,6 +80,19 @@ def connect() -> None:
       f"{str(error).splitlines()[0]} Install 'umae_jax[gpu]' or "
       "'umae_jax[tpu]', or set JAX_PLATFORMS=cpu; for --multihost see --help."
     ) from error
+
+
+def keep_programs() -> None:
+  """Keeps compiled programs on disk, unless the environment says where."""
+  if jax.config.jax_compilation_cache_dir:
+    return
+  cpu = pathlib.Path("/proc/cpuinfo")  # A home may be shared by several types.
+  lines = cpu.read_text().splitlines() if cpu.exists() else []
+  features = {x for x in lines if x.startswith(("flags", "Features"))}
+  kind = f"{zlib.crc32(''.join(sorted(features)).encode()):08x}"
+  cache = pathlib.Path("~/.cache/umae_jax/compiled").expanduser() / kind
+  jax.config.update("jax_compilation_cache_dir", str(cache))
+  jax.config.update("jax_compilation_cache_max_size", MOST_COMPILED)
 
 
 parse = functools.partial(command_line.parse, required=("config", "workdir"))
