@@ -5,6 +5,7 @@ processes, so a run resumes by starting at its step. Images stay uint8.
 """
 
 from collections.abc import Iterator, Sequence
+import os
 from typing import Any
 
 from absl import logging
@@ -262,6 +263,8 @@ def _batches(
   options.deterministic = True
   # The images are the parallel work; one alone is too small to be divided.
   options.threading.max_intra_op_parallelism = 1
+  # Of its own: others that use TensorFlow's pool would wait for the images.
+  options.threading.private_threadpool_size = os.cpu_count() or 1
   batches = stacks.apply(guarded).rebatch(rows, drop_remainder=True)
   return batches.prefetch(2).with_options(options)
 
