@@ -11,8 +11,6 @@ import numpy as np
 from umae_jax import device_crop, sharding, train_step
 from umae_jax.data import in_memory, on_device, pipeline, sources
 
-MOST_STEPS = 20  # Taken at once; more gain nothing.
-
 
 class Feed(NamedTuple):
   """Gives the train step what it needs, in the order of the steps.
@@ -70,7 +68,7 @@ def memory_feed(images: on_device.TrainingSet) -> Feed:
 
   def take(step, until):
     data, most = images.at(step)
-    steps = min(until - step, most, MOST_STEPS)
+    steps = min(until - step, most)
     return (data, np.int32(steps)), steps
 
   # Every process has all of the images: the first one counts.

@@ -124,8 +124,7 @@ def run_steps(run, state, start, checkpoints, log) -> bool:
     step, running = start, collections.deque()
     calls, most = itertools.count(1), 1
     while step < plan.total_steps:
-      until = min(next_pause(run, step), step + most)
-      arguments, taken = feed.take(step, until)
+      arguments, taken = feed.take(step, next_pause(run, step, most))
       state, scalars = step_function(state, *arguments)
       step += taken
       last = step == plan.total_steps
@@ -170,12 +169,13 @@ def make_step_function(run, state, feed):
   )
 
 
-def next_pause(run, step) -> int:
-  """The first step after `step` that logs, evaluates or saves."""
+def next_pause(run, step, most) -> int:
+  """The first step that logs, evaluates or saves; at most `most` from here."""
   config, plan = run.config, run.plan
   every = (config.log.every_steps, config.checkpoint.every_steps)
   every = (*every, plan.evaluate_every)
-  return min(plan.total_steps, *(step + n - step % n for n in every))
+  pauses = (step + n - step % n for n in every)
+  return min(plan.total_steps, step + most, *pauses)
 
 
 def to_floats(run, step, scalars, unreadable):
