@@ -128,7 +128,6 @@ def test_nothing_is_called_after_nothing():
 TESTED_BY = {
   "command_line": "main",
   "benchmark.__main__": "benchmark.command_line",
-  "benchmark.input_side": "benchmark.command_line",
   "convert.__main__": "convert.command_line",
   "convert.shapes": "convert.sources",
   "data.arrays": "data.sources",

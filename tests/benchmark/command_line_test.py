@@ -14,7 +14,7 @@ SMALL = [
   "--config=configs/digits.py:smoke",
   "--config.model.depth=1",
   "--config.model.decoder_depth=1",
-  *("--steps=1", "--rounds=2", "--warmup=1"),
+  "--rounds=2",
 ]
 
 

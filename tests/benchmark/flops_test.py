@@ -41,7 +41,7 @@ def test_a_model_small_enough_to_count_by_hand():
 
 
 def test_peaks_are_of_bfloat16_and_of_known_devices():
-  assert flops.known_peak("NVIDIA H200", "bfloat16") == 790e12
+  assert flops.known_peak("NVIDIA H200", "bfloat16") == 989e12
   assert flops.known_peak("TPU v5 lite", "bfloat16") == 197e12
   assert flops.known_peak("TPU v5", "bfloat16") == 459e12
   assert flops.known_peak("NVIDIA H200", "float32") is None

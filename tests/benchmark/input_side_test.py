@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from umae_jax.benchmark import feeding
+from umae_jax.benchmark import input_side
 
 
 class Busy:
@@ -30,7 +30,7 @@ class Busy:
 
 def test_rates_are_those_of_the_batches_after_the_warm_up():
   batches = Busy()
-  found = feeding.measure(lambda: batches, batches=10, warm_up=2)
+  found = input_side.measure(lambda: batches, batches=10, warm_up=2)
   assert batches.taken == 12 and batches.closed
   assert found["cpu_seconds"] == pytest.approx(0.2, abs=0.1)
   images = found["images_per_cpu_second"] * found["cpu_seconds"]

@@ -28,20 +28,15 @@ from umae_jax.benchmark.worker import Worker
 
 PACKAGE = "umae_jax.benchmark"
 QUIET = 0.25  # Seconds before a round: threads of the other side still spin.
+WARMUP = 3  # Steps of each kind before the first round.
 INPUT_IMAGES = 1_024  # To measure the input with, at least.
 FILLED = 4  # Steps not timed: those that the input has ready.
 
 _AGAINST = flags.DEFINE_enum(
   "against", "", ["", "torch"], "Also measure this side, in turn with ours."
 )
-_STEPS = flags.DEFINE_integer(
-  "steps", 0, "Steps of a round; 0: about a second's.", lower_bound=0
-)
 _ROUNDS = flags.DEFINE_integer(
   "rounds", 10, "Rounds of each kind of step.", lower_bound=1
-)
-_WARMUP = flags.DEFINE_integer(
-  "warmup", 3, "Steps of each kind before the first round.", lower_bound=1
 )
 _PEAK = flags.DEFINE_float(
   "peak", None, "FLOP/s of a device, for the MFU; default: a known one's."
@@ -152,29 +147,24 @@ def amounts(config, facts) -> dict[str, Any]:
 
 
 def in_turn(
-  kinds: Mapping[str, Callable[[int], dict[str, float]]], untimed: int = 0
+  kinds: Mapping[str, Callable[[int], dict[str, float]]],
 ) -> dict[str, dict[str, list[float]]]:
-  """Takes the rounds of several kinds of steps, A B A B.
+  """Takes the rounds of several kinds of steps, A B A B, a second's or more.
 
   Args:
     kinds: name -> function that takes a number of steps.
-    untimed: steps taken before each round.
 
   Returns:
     {name: {what is measured: the mean of each round}}.
   """
-  numbers = {}
-  for name, steps in kinds.items():
-    steps(_WARMUP.value)
-    second = steps(1)["seconds"]
-    numbers[name] = _STEPS.value or max(1, round(1 / max(second, 1e-3)))
-  number = max(numbers.values())  # The same of all.
+  number = 1  # The same of all.
+  for steps in kinds.values():
+    steps(WARMUP)
+    number = max(number, round(1 / max(steps(1)["seconds"], 1e-3)))
   rounds = {name: [] for name in kinds}
   for _ in range(_ROUNDS.value):
     for name, steps in kinds.items():
       time.sleep(QUIET)
-      if untimed:
-        steps(untimed)
       rounds[name].append(steps(number))
   return {
     name: {key: [x[key] for x in all_of_it] for key in all_of_it[0]}
@@ -208,9 +198,13 @@ def end_to_end(jax, synthetic, config) -> dict[str, Any]:
   if "missing" in found:
     print(f"No end-to-end figures: {found['missing']}", flush=True)
     return found
-  fed = functools.partial(jax.call, "steps", "end_to_end")
-  untimed = 0 if config.data.feed == "memory" else FILLED
-  times = in_turn({"synthetic": synthetic, "fed": fed}, untimed)
+
+  def fed(number):
+    if config.data.feed != "memory":
+      jax.call("steps", "end_to_end", FILLED)  # Not timed.
+    return jax.call("steps", "end_to_end", number)
+
+  times = in_turn({"synthetic": synthetic, "fed": fed})
   seconds = {name: x["seconds"] for name, x in times.items()}
   waited = figures.spread(times["fed"]["waited"])["median"]
   step = figures.spread(seconds["fed"])["median"]
@@ -218,6 +212,7 @@ def end_to_end(jax, synthetic, config) -> dict[str, Any]:
     "images_per_second": config.batch_size / step,
     "over_synthetic": figures.ratio(seconds["synthetic"], seconds["fed"]),
     "share_waiting_for_input": waited / step,
+    "hours_of_num_epochs": found["steps"] * step / 3600,
   }
 
 

@@ -52,10 +52,11 @@ def train_flops(
   return 2.0 * (3 * rest + 2 * projection)
 
 
-# FLOP/s of dense bfloat16 products, by a part of JAX's device_kind.
+# FLOP/s of dense bfloat16 products, by a part of JAX's device_kind: those of
+# the data sheets.
 _BFLOAT16_PEAKS = {
-  "H200": 790e12,  # What the chip gives under its power limit; sheet: 989e12.
-  "H100 80GB": 790e12,  # SXM; likewise.
+  "H200": 989e12,
+  "H100 80GB": 989e12,  # SXM.
   "A100": 312e12,
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import functools
-import resource
 import tempfile
 import time
 from typing import Any
@@ -22,6 +21,7 @@ from umae_jax import (
   validation,
 )
 from umae_jax import config as config_lib
+from umae_jax.benchmark import worker
 from umae_jax.loop import AHEAD, MAX_SKIPS
 from umae_jax.tasks import inputs, pretrain
 
@@ -115,13 +115,16 @@ class JaxSide:
     rows = sharding.batch_sharding(self._mesh)
     return jax.lax.with_sharding_constraint(data, rows)
 
-  def open_feed(self) -> dict[str, str]:
-    """Makes steps("end_to_end", n) possible; {"missing": why} if it is not."""
+  def open_feed(self) -> dict[str, str | int]:
+    """Makes steps("end_to_end", n) possible; {"missing": why} if it is not.
+
+    Else {"steps": of the whole run}.
+    """
     config = self._config
     try:
       source = run.open_source(config, training=True)
       run.check_sources(config, source)
-      config_lib.plan(config, source.num_examples)
+      plan = config_lib.plan(config, source.num_examples)
       feed = feeding.open_feed(config, source, self._mesh, self._step)
     except UserError as error:
       return {"missing": str(error)}
@@ -129,7 +132,7 @@ class JaxSide:
     objective = feeding.finish_on_device(self._task.objective, config)
     step = self._make_step(objective, feed.draw)
     self._calls["end_to_end"] = functools.partial(self._loop, step)
-    return {}
+    return {"steps": plan.total_steps}
 
   def _loop(self, step_function, number):
     """As `loop` does; (metrics, seconds that the input was waited for)."""
@@ -181,7 +184,6 @@ class JaxSide:
 
   def memory(self) -> dict[str, int | str]:
     """Peak bytes: of the device where it counts them, and of the process."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     stats = self._mesh.devices.flat[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
       peak, kind = stats["peak_bytes_in_use"], "device"
@@ -189,7 +191,7 @@ class JaxSide:
       found = self._calls["synthetic"].memory_analysis()
       peak = found.temp_size_in_bytes + found.argument_size_in_bytes
       kind = "compiled program"
-    return {"peak_bytes": peak, "of": kind, "process_peak_bytes": resident}
+    return {"peak_bytes": peak, "of": kind} | worker.peak_memory()
 
   def close(self) -> None:
     """Stops reading, and removes the compilation cache."""

@@ -2,13 +2,13 @@
 
 import contextlib
 import importlib.util
-import resource
 import time
 from typing import Any
 
 import ml_collections
 
 from umae_jax import UserError
+from umae_jax.benchmark import worker
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -137,11 +137,10 @@ class TorchSide:
 
   def memory(self) -> dict[str, int | str]:
     """Peak bytes: of the device where it counts them, and of the process."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if self._device.type != "cuda":
-      return {"process_peak_bytes": resident}
+      return worker.peak_memory()
     peak = self._torch.cuda.max_memory_allocated()
-    return {"peak_bytes": peak, "of": "device", "process_peak_bytes": resident}
+    return {"peak_bytes": peak, "of": "device"} | worker.peak_memory()
 
   def close(self) -> None:
     """Nothing is open."""

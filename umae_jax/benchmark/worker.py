@@ -4,13 +4,14 @@ In one process, the waiting threads and the allocators of two libraries would
 disturb one another.
 """
 
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, process
 import contextlib
 import importlib
 import multiprocessing
+import resource
 from typing import Any
 
-from umae_jax import UserError
+_served = {}  # In the other process: the object.
 
 
 class Worker:
@@ -21,76 +22,53 @@ class Worker:
     arguments: of the factory.
 
   Raises:
-    UserError: what the factory raises.
-    RuntimeError: the process ended.
+    Exception: what the factory raises; RuntimeError if the process ended.
   """
 
   def __init__(self, factory: str, *arguments: Any):
     context = multiprocessing.get_context("spawn")
-    self._connection, theirs = context.Pipe()
+    self._pool = ProcessPoolExecutor(1, mp_context=context)
     self._name = factory
-    self._process = context.Process(
-      target=_serve, args=(theirs, factory, arguments), daemon=True
-    )
-    self._process.start()
-    theirs.close()  # Or the end of the process would not be noticed here.
     try:
-      self._answer()
+      self._run(_make, factory, arguments)
     except BaseException:
-      self.close()
+      self._pool.shutdown()
       raise
 
   def call(self, method: str, *arguments: Any) -> Any:
-    """What a method of the object returns.
+    """What a method of the object returns, or raises.
 
     Raises:
-      UserError, FloatingPointError: what the method raises.
-      RuntimeError: it raised another error, or the process was ended.
+      RuntimeError: the process ended.
     """
-    self._connection.send((method, arguments))
-    return self._answer()
+    return self._run(_call, method, arguments)
 
-  def _answer(self):
+  def _run(self, function, *arguments):
     try:
-      answer = self._connection.recv()
-    except (EOFError, ConnectionResetError) as error:
-      self._process.join()
+      return self._pool.submit(function, *arguments).result()
+    except process.BrokenProcessPool as error:
       raise RuntimeError(
-        f"the process of {self._name} ended with exit code "
-        f"{self._process.exitcode}; what it printed says why. Out of memory? "
-        "Use a smaller config.batch_size."
+        f"the process of {self._name} ended; what it printed says why. Out of "
+        "memory? Use a smaller config.batch_size."
       ) from error
-    if isinstance(answer, Exception):
-      raise answer
-    return answer
 
   def close(self) -> None:
     """Ends the process, after the object's own `close`."""
-    with contextlib.suppress(OSError):
-      self._connection.close()
-    self._process.join(10)
-    if self._process.is_alive():
-      self._process.kill()
-      self._process.join()
+    with contextlib.suppress(RuntimeError):
+      self.call("close")
+    self._pool.shutdown()
 
 
-def _serve(connection, factory: str, arguments: tuple[Any, ...]) -> None:
-  """Answers calls until the other end is closed."""
+def _make(factory: str, arguments: tuple[Any, ...]) -> None:
   module, _, name = factory.partition(":")
-  try:
-    make: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    served = make(*arguments)
-  except UserError as error:
-    connection.send(error)
-    return
-  connection.send(None)
-  with contextlib.closing(served):
-    while True:
-      try:
-        method, arguments = connection.recv()
-      except (EOFError, ConnectionResetError):
-        return
-      try:
-        connection.send(getattr(served, method)(*arguments))
-      except (UserError, FloatingPointError) as error:
-        connection.send(error)
+  _served["it"] = getattr(importlib.import_module(module), name)(*arguments)
+
+
+def _call(method: str, arguments: tuple[Any, ...]) -> Any:
+  return getattr(_served["it"], method)(*arguments)
+
+
+def peak_memory() -> dict[str, int]:
+  """Peak bytes of this process."""
+  kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return {"process_peak_bytes": kilobytes * 1024}
