@@ -56,8 +56,8 @@ def defaults() -> ml_collections.ConfigDict:
 
   # How the transformers are computed; results differ by rounding alone.
   c.execution = ml_collections.ConfigDict()
-  # "xla", "cudnn", one of each for encoder and decoder, "cudnn,xla", or "auto":
-  # the faster one, measured when a run starts and kept when it resumes.
+  # "xla", "cudnn", the encoder's and the decoder's, "cudnn,xla", or "auto": the
+  # faster one of each, measured when a run starts and kept when it resumes.
   c.execution.attention = "auto"
   c.execution.remat = "none"  # To save memory, recompute: "dots" or "full".
   c.execution.scan_layers = False  # Compiles faster, runs a little slower.

@@ -14,16 +14,16 @@ ATTEMPTS = 10  # Windows drawn before falling back to the central one.
 def resample_matrix(
   start: jax.Array, extent: jax.Array, size: int, canvas: int
 ) -> jax.Array:
-  """Weights that resize a window of a line of pixels, antialiased bicubic.
+  """Weights that resize windows of a line of pixels, antialiased bicubic.
 
   Args:
-    start: (...), first pixel of the window, in [0, canvas).
-    extent: (...), pixels of the window, at least 1 and inside the canvas.
+    start: (B,), first pixel of each window, in [0, canvas).
+    extent: (B,), its pixels, at least 1 and inside the canvas.
     size: pixels of the result.
     canvas: pixels of the line.
 
   Returns:
-    (..., size, canvas) float32: row i holds the weights of the pixels of the
+    (B, size, canvas) float32: row i holds the weights of the pixels of the
     line in pixel i of the result. Their sum is 1; outside of the window they
     are 0, so what lies there does not matter.
 
@@ -31,16 +31,10 @@ def resample_matrix(
   Keys with a = -1/2, widened by the factor by which the window shrinks, and at
   the window's ends divided by what is left of its sum. Pillow does the same.
   """
-  start, extent = (
-    jnp.asarray(value, jnp.float32)[..., None, None]
-    for value in (start, extent)
-  )
+  start, extent = (jnp.float32(x)[:, None, None] for x in (start, extent))
   scale = extent / size  # Pixels of the window for one of the result.
-  centre = jax.lax.broadcasted_iota(jnp.float32, (size, 1), 0) + 0.5
-  pixel = jax.lax.broadcasted_iota(jnp.float32, (1, canvas), 1) + 0.5
-  rank = (1,) * (scale.ndim - 2)
-  centre = centre.reshape(*rank, size, 1) * scale
-  pixel = pixel.reshape(*rank, 1, canvas) - start
+  centre = (jnp.arange(size)[None, :, None] + 0.5) * scale
+  pixel = jnp.arange(canvas)[None, None, :] + 0.5 - start
   weights = _keys((pixel - centre) / jnp.maximum(scale, 1))
   weights = jnp.where((pixel > 0) & (pixel < extent), weights, 0)
   return weights / weights.sum(-1, keepdims=True)

@@ -52,12 +52,9 @@ def reconstruction_loss(
 
   Source: He et al. 2021 (arXiv:2111.06377), section 3.
   """
-  target = patches_lib.patchify(images.astype(jnp.float32), patch_size)
-  chex.assert_equal_shape([prediction, target])
+  target = patches_lib.patchify(images, patch_size)
   chex.assert_shape(mask, target.shape[:2])
-  if normalize_pixels:
-    target = normalize_patches(target)
-  error = jnp.square(prediction.astype(jnp.float32) - target).mean(-1)
+  error = _errors(prediction, target, normalize_pixels)
   return (error * mask).sum() / mask.sum()
 
 
@@ -74,11 +71,16 @@ def removed_patches_loss(
   Returns:
     () float32.
   """
+  return _errors(prediction, target, normalize_pixels).mean()
+
+
+def _errors(prediction, target, normalize_pixels):
+  """Mean squared error of each patch, float32: twice (..., P) to (...)."""
   chex.assert_equal_shape([prediction, target])
   target = target.astype(jnp.float32)
   if normalize_pixels:
     target = normalize_patches(target)
-  return jnp.square(prediction.astype(jnp.float32) - target).mean()
+  return jnp.square(prediction.astype(jnp.float32) - target).mean(-1)
 
 
 def alignment_loss(first: jax.Array, second: jax.Array) -> jax.Array:

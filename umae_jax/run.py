@@ -8,13 +8,7 @@ import jax
 from jax.sharding import Mesh
 import ml_collections
 
-from umae_jax import (
-  UserError,
-  metrics,
-  sharding,
-  validation,
-  workdir,
-)
+from umae_jax import UserError, metrics, sharding, validation, workdir
 from umae_jax import config as config_lib
 from umae_jax.data import in_memory, sources
 from umae_jax.tasks import (
@@ -96,13 +90,11 @@ def with_recorded_attention(config, mesh, path) -> ml_collections.ConfigDict:
   Measured again, it might be another one, of another rounding. It is, where
   the recorded one can not be had.
   """
-  names = workdir.recorded(path, "found.attention")
-  if config.execution.attention != "auto" or not names:
-    return config
-  if not set(names.split(",")) <= set(inputs.attentions(config, mesh)):
-    return config
-  config = config.copy_and_resolve_references()
-  config.execution.attention = names
+  names = workdir.recorded(path, "found.attention") or ""
+  fits = set(names.split(",")) <= set(inputs.attentions(config, mesh))
+  if config.execution.attention == "auto" and fits:
+    config = config.copy_and_resolve_references()
+    config.execution.attention = names
   return config
 
 

@@ -15,10 +15,11 @@ Exit codes: 0 finished, 1 stopped with an error, 2 wrong usage or data.
 """
 
 import argparse
-import collections
 from collections.abc import Iterator
 import concurrent.futures
+import functools
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -39,7 +40,7 @@ from umae_jax.data.table import TableSource
 
 CLAIM = "prepare.json"  # In --output: what is there, so that it is not mixed.
 QUALITY = 95
-WAITING = 8  # Images that wait for each process.
+AT_ONCE = 32  # Images that are given to each process.
 NAMES_SHOWN = 20  # Of unreadable images.
 
 
@@ -160,14 +161,7 @@ def copy(
   Returns:
     Names of those that are not readable.
   """
-  unreadable, waiting = [], collections.deque()
-
-  def finish_one():
-    name, future = waiting.popleft()
-    if not future.result():
-      unreadable.append(name)
-    bar.update()
-
+  unreadable = []
   interval = 0.5 if sys.stderr.isatty() else 10
   with (
     tqdm.tqdm(total=count, unit=" images", mininterval=interval) as bar,
@@ -179,13 +173,11 @@ def copy(
       initargs=(signal.SIGINT, signal.SIG_IGN),
     ) as pool,
   ):
-    for task in tasks:
-      future = pool.submit(copy_one, task, size)
-      waiting.append((task.name, future))
-      if len(waiting) > WAITING * processes:
-        finish_one()
-    while waiting:
-      finish_one()
+    work = functools.partial(copy_one, size=size)
+    while some := list(itertools.islice(tasks, AT_ONCE * processes)):
+      readable = pool.map(work, some)
+      unreadable += [x.name for x, good in zip(some, readable) if not good]
+      bar.update(len(some))
   return unreadable
 
 

@@ -83,8 +83,7 @@ def execution(
       shape = (max(images, 1), tokens, heads, width // heads)
       fastest = attention.fastest(shape, compute_dtype(config, mesh))
       # All processes must run the same program.
-      number = sharding.from_first_process(possible.index(fastest))
-      chosen = possible[number]
+      chosen = possible[sharding.from_first_process(possible.index(fastest))]
   return vit.Execution(
     chosen, config.execution.remat, config.execution.scan_layers
   )

@@ -52,7 +52,7 @@ def make(
     uniformity_weight=config.loss.uniformity_weight,
   )
   both = (model.execution.attention, model.decoder_execution.attention)
-  found = {"attention": ",".join(both)}
+  found = {"attention": ",".join(dict.fromkeys(both))}  # "xla", "cudnn,xla".
   return Task(init, objective, optimizer, schedule, evaluate, found=found)
 
 
