@@ -106,6 +106,6 @@ def test_seeds_that_are_no_number_are_refused(seeds, tmp_path, capsys):
 
 
 def test_least_squares_learns_from_the_first_rows_alone():
-  features = np.array([[1.0, 0], [1, 1], [1, 0], [1, 1], [1, 1]])
-  labels = np.array([0, 1, 1, 1, 0])
+  features = np.array([[1.0, 0], [1, 1], [1, 0], [1, 0], [1, 1]])
+  labels = np.array([0, 1, 1, 1, 1])
   assert mask_ratio.least_squares_error(features, labels, 2) == 2 / 3
