@@ -21,7 +21,7 @@ def made(load_config):
 
 def open_feed(c, start=0, devices=1):
   mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-  source = run.open_source(c, "train", crops=True)
+  source = run.open_source(c, training=True)
   return feeding.open_feed(c, source, mesh, start)
 
 

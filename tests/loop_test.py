@@ -191,7 +191,7 @@ def digits_run(directory, monkeypatch):
   run.config.log.every_steps = 32
   run.config.checkpoint.every_steps = 45
   digits = in_memory.MemorySource(
-    arrays.open_digits("train"), (8, 8), 1, keep_size=False
+    arrays.open_digits("train"), (8, 8), 1, crops=False
   )
   return run._replace(train_source=digits)
 
@@ -223,8 +223,10 @@ def test_steps_taken_at_once_are_those_taken_singly(tmp_path, monkeypatch):
     return feed._replace(take=take)
 
   monkeypatch.setattr(feeding, "memory_feed", watched)
+  monkeypatch.setattr(loop, "CALL_SECONDS", 1e6)
   assert loop.train(digits_run(tmp_path / "at_once", monkeypatch))
-  assert numbers == [20, 12, 13, 19, 20, 3]  # To 32, 45, 64 and the last, 87.
+  # Singly to the first line, 32; then to 45, 64 and the last, 87.
+  assert numbers == [1] * 32 + [13, 19, 20, 3]
   monkeypatch.setattr(feeding, "MOST_STEPS", 1)
   asked = iter([False] * 69 + [True])
   monkeypatch.setattr(sharding, "preempted", lambda *unused: next(asked))
@@ -237,6 +239,43 @@ def test_steps_taken_at_once_are_those_taken_singly(tmp_path, monkeypatch):
   assert log == other_log
   assert len(log) == 4
   jax.tree.map(np.testing.assert_array_equal, state, other_state)
+
+
+def test_slow_steps_are_few_at_once_and_their_calls_not_ahead(
+  tmp_path, monkeypatch
+):
+  """A run that is asked to stop waits for two calls of a second at most."""
+  run = digits_run(tmp_path, monkeypatch)
+  update = metrics.Progress.update
+
+  def slow(self, step, scalars):  # A third of a second for each step.
+    times = update(self, step, scalars)
+    return times | {"time/images_per_second": 3.0 * run.config.batch_size}
+
+  monkeypatch.setattr(metrics.Progress, "update", slow)
+  numbers, waits, make_real = [], [], train_step.make_train_step
+
+  def make_watched(*arguments, **options):
+    real = make_real(*arguments, **options)
+
+    def step(state, data, number):
+      numbers.append(int(number))
+      call = len(numbers)
+      state, scalars = real(state, data, number)
+
+      def wait(_):
+        waits.append((call, len(numbers)))
+
+      return state, {k: Watched(x, [], wait, 0) for k, x in scalars.items()}
+
+    return step
+
+  monkeypatch.setattr(train_step, "make_train_step", make_watched)
+  assert run_steps(run)
+  assert numbers[:32] == [1] * 32 and set(numbers[32:]) == {1, 2, 3}
+  ahead = {now - call for call, now in waits if numbers[now - 1] == 3}
+  assert ahead == {1}
+  assert {now - call for call, now in waits if now < 32} == {2}
 
 
 @pytest.mark.parametrize("name", ["cifar10", "imagenet100", "imagenet1k"])

@@ -2,7 +2,9 @@
 
 import pytest
 
-from umae_jax import UserError, run
+from umae_jax import UserError, run, workdir
+from umae_jax.models import attention
+from umae_jax.tasks import inputs
 
 
 @pytest.mark.parametrize(
@@ -38,3 +40,46 @@ def test_a_folder_without_images_is_refused(load_config, tmp_path):
   with pytest.raises(UserError, match=r"config\.data\.directory"):
     run.prepare(c, str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_keeps_the_attention_that_it_has_measured(
+  load_config, tmp_path, monkeypatch
+):
+  """On a machine that has both kinds, and measures anew at every start."""
+  c = load_config("digits", "smoke")
+  here = list(attention.IMPLEMENTATIONS)
+  monkeypatch.setattr(inputs, "attentions", lambda *unused: here)
+  asked = []
+
+  def measure(names):
+    def fastest(shape, dtype):
+      asked.append((*shape, str(dtype)))
+      return names[(len(asked) - 1) % 2]
+
+    monkeypatch.setattr(attention, "fastest", fastest)
+
+  def attention_of(config, directory="run"):
+    prepared = run.prepare(config, str(tmp_path / directory))
+    assert (
+      prepared.identity["execution.attention"] == config.execution.attention
+    )
+    return prepared.identity["found.attention"], prepared
+
+  measure(["cudnn", "xla"])
+  found, first = attention_of(c)
+  assert found == "cudnn,xla"
+  # (images, tokens, heads, values) on a device: 8 of 16 patches are visible.
+  assert asked == [(8, 9, 4, 16, "float32"), (8, 17, 4, 8, "float32")]
+  workdir.claim(tmp_path / "run", first.identity)
+  measure(["xla", "cudnn"])
+  assert attention_of(c)[0] == "cudnn,xla" and len(asked) == 2
+  assert attention_of(c, "other")[0] == "xla,cudnn"
+  # What is asked for is done, and is not another run.
+  c.execution.attention = "xla"
+  assert attention_of(c)[0] == "xla,xla"
+  c.execution.attention = "xla,cudnn"
+  assert attention_of(c)[0] == "xla,cudnn"
+  # On another machine, what was recorded can not be had.
+  c.execution.attention = "auto"
+  here.remove("cudnn")
+  assert attention_of(c)[0] == "xla,xla"

@@ -20,7 +20,7 @@ MODELS = {
 # (Weights are told by their checksum, wherever they lie.)
 FREE_KEYS = (
   *("checkpoint.", "mesh.", "data.directory", "data.max_unreadable"),
-  *("pretrained", "execution."),
+  *("pretrained", "execution.", "found.attention"),
 )
 
 
@@ -54,9 +54,11 @@ def defaults() -> ml_collections.ConfigDict:
   c.mesh = ml_collections.ConfigDict()
   c.mesh.fsdp = 1  # Devices that share one copy of the state.
 
-  # How the transformers are computed; the result does not change.
+  # How the transformers are computed; results differ by rounding alone.
   c.execution = ml_collections.ConfigDict()
-  c.execution.attention = "auto"  # The faster of "xla" and "cudnn", measured.
+  # "xla", "cudnn", one of each for encoder and decoder, "cudnn,xla", or "auto":
+  # the faster one, measured when a run starts and kept when it resumes.
+  c.execution.attention = "auto"
   c.execution.remat = "none"  # To save memory, recompute: "dots" or "full".
   c.execution.scan_layers = False  # Compiles faster, runs a little slower.
 

@@ -11,7 +11,7 @@ import numpy as np
 from umae_jax import device_crop, sharding, train_step
 from umae_jax.data import in_memory, on_device, pipeline, sources
 
-MOST_STEPS = 20  # Taken at once, so that a run asked to stop soon does.
+MOST_STEPS = 20  # Taken at once; more gain nothing.
 
 
 class Feed(NamedTuple):

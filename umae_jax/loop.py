@@ -21,7 +21,8 @@ from umae_jax.analysis import pictures
 from umae_jax.run import Run, conclude, describe
 
 MAX_SKIPS = 5  # Steps in a row that may be skipped before the run stops.
-AHEAD = 2  # Calls of the step function that may wait for the device.
+AHEAD = 2  # Single steps that may wait for the device; of several, one call.
+CALL_SECONDS = 1.0  # That the steps taken at once may last, for SIGTERM's sake.
 
 
 def train(run: Run) -> bool:
@@ -105,7 +106,8 @@ def run_steps(run, state, start, checkpoints, log) -> bool:
   """Steps `start` + 1 to the last; False if asked to stop before.
 
   The host reads from the device only at steps that log, evaluate or save.
-  Between them it stays a little ahead of it.
+  Between them it stays a little ahead of it. How many steps are taken at once
+  follows from the rate at the last line logged, and does not change the result.
   """
   config, plan = run.config, run.plan
   first = jax.process_index() == 0
@@ -120,9 +122,10 @@ def run_steps(run, state, start, checkpoints, log) -> bool:
   ):
     step_function = make_step_function(run, state, feed)
     step, running = start, collections.deque()
-    calls = itertools.count(1)
+    calls, most = itertools.count(1), 1
     while step < plan.total_steps:
-      arguments, taken = feed.take(step, next_pause(run, step))
+      until = min(next_pause(run, step), step + most)
+      arguments, taken = feed.take(step, until)
       state, scalars = step_function(state, *arguments)
       step += taken
       last = step == plan.total_steps
@@ -132,13 +135,16 @@ def run_steps(run, state, start, checkpoints, log) -> bool:
       save = last or stopping or step % config.checkpoint.every_steps == 0
       if not (log_now or evaluate or save):
         running.append(scalars)
-        if len(running) > AHEAD:
+        if len(running) > (AHEAD if taken == 1 else 1):
           jax.block_until_ready(running.popleft())
         continue
       running.clear()
       scalars = to_floats(run, step, scalars, feed.unreadable())
       if log_now:
-        log.write(step, "train", scalars | progress.update(step, scalars))
+        times = progress.update(step, scalars)
+        log.write(step, "train", scalars | times)
+        rate = times["time/images_per_second"] / config.batch_size
+        most = sharding.from_first_process(max(int(CALL_SECONDS * rate), 1))
       require_finite(step, scalars, checkpoints)
       with progress.paused():
         if evaluate:

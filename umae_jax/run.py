@@ -17,7 +17,14 @@ from umae_jax import (
 )
 from umae_jax import config as config_lib
 from umae_jax.data import in_memory, sources
-from umae_jax.tasks import Task, finetune, frozen, linear_probe, pretrain
+from umae_jax.tasks import (
+  Task,
+  finetune,
+  frozen,
+  inputs,
+  linear_probe,
+  pretrain,
+)
 
 Source = sources.Source | in_memory.MemorySource
 
@@ -59,21 +66,20 @@ def prepare(
     num_devices=jax.device_count(),
     num_processes=jax.process_count(),
   )
-  crops = len(config.data.crop_scale) > 0
-  train_source = open_source(config, config.data.train_split, crops)
-  eval_source = open_source(config, config.data.eval_split, False)
-  for source in (train_source, eval_source):
-    source.check(config.batch_size, jax.process_count())
+  train_source = open_source(config, training=True)
+  eval_source = open_source(config, training=False)
+  check_sources(config, train_source, eval_source)
   plan = config_lib.plan(config, train_source.num_examples)
   mesh = sharding.make_mesh(config.mesh.fsdp)
-  task = TASKS[config.task](config, plan, mesh, train_source, eval_source)
+  path = workdir.local_path(directory)
+  kept = with_recorded_attention(config, mesh, path)
+  task = TASKS[config.task](kept, plan, mesh, train_source, eval_source)
   identity = config_lib.flatten(config) | {
     "found.train_images": train_source.num_examples,
     "found.eval_images": eval_source.num_examples,
     "found.classes": zlib.crc32("\n".join(train_source.class_names).encode()),
   }
   identity |= {f"found.{key}": x for key, x in task.found.items()}
-  path = workdir.local_path(directory)
   workdir.check(
     path,
     identity,
@@ -84,9 +90,26 @@ def prepare(
   return Run(config, identity, plan, mesh, path, train_source, task)
 
 
-def open_source(config, split: str, crops: bool) -> Source:
-  """A split of the data; `crops`: random ones are taken of its images."""
+def with_recorded_attention(config, mesh, path) -> ml_collections.ConfigDict:
+  """The configuration, "auto" replaced by what the run in `path` has chosen.
+
+  Measured again, it might be another one, of another rounding. It is, where
+  the recorded one can not be had.
+  """
+  names = workdir.recorded(path, "found.attention")
+  if config.execution.attention != "auto" or not names:
+    return config
+  if not set(names.split(",")) <= set(inputs.attentions(config, mesh)):
+    return config
+  config = config.copy_and_resolve_references()
+  config.execution.attention = names
+  return config
+
+
+def open_source(config, *, training: bool) -> Source:
+  """The data to train on, or those to evaluate on."""
   data = config.data
+  split = data.train_split if training else data.eval_split
   image_size = tuple(data.image_size)
   source = sources.open_source(
     data.name,
@@ -99,7 +122,16 @@ def open_source(config, split: str, crops: bool) -> Source:
   )
   if data.feed != "memory":
     return source
+  crops = training and len(data.crop_scale) > 0
   return in_memory.MemorySource(source, image_size, data.channels, crops)
+
+
+def check_sources(config, train: Source, *others: Source) -> None:
+  """Refuses what gives no such batches, or does not fit into memory."""
+  for source in (train, *others):
+    source.check(config.batch_size, jax.process_count())
+  if config.data.feed == "memory":
+    in_memory.check_memory(train, *others, processes=sharding.processes_here())
 
 
 def describe(run, state, start):

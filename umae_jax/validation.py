@@ -45,7 +45,10 @@ _CHOICES = {
   "probe.mode": ("train", "fast", "sweep"),
   "probe.feature": ("cls", "mean"),
   "classifier.pool": ("mean", "cls"),
-  "execution.attention": ("auto", "xla", "cudnn"),
+  "execution.attention": (
+    *("auto", "xla", "cudnn"),
+    *("xla,xla", "xla,cudnn", "cudnn,xla", "cudnn,cudnn"),
+  ),
   "execution.remat": ("none", "dots", "full"),
   "model.dtype": ("auto", "float32", "bfloat16"),
 }

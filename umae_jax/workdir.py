@@ -79,6 +79,12 @@ def changed(
   ]
 
 
+def recorded(path: pathlib.Path, key: str) -> Any:
+  """A key of the configuration in a directory; None if there is none."""
+  file = path / CONFIG
+  return _read_config(file).get(key) if file.exists() else None
+
+
 def claim(path: pathlib.Path, config: dict[str, Any]) -> None:
   """Makes the directory and writes the configuration into it.
 

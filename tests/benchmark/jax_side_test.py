@@ -63,6 +63,7 @@ def test_steps_of_every_kind_in_a_process(load_config, monkeypatch):
       "devices": 2,
       "platform": "cpu",
       "dtype": "float32",
+      "attention": "xla,xla",
     }
     seconds = side.call("compile")
     assert 0 < seconds["warm"] < seconds["cold"]

@@ -83,13 +83,20 @@ def test_files_stay_in_order_and_bad_ones_are_none(write, tmp_path):
     path.write_bytes(write.encode(write.picture(i), "PNG"))
     paths.append(str(path))
   (tmp_path / "3.png").write_bytes(b"no image")
-  paths.append(str(tmp_path / "absent.png"))
   whole = (tmp_path / "4.png").read_bytes()
   (tmp_path / "4.png").write_bytes(whole[: len(whole) // 2])
   got = list(image_files.read(paths, 3))
-  assert [x is None for x in got] == [False] * 3 + [True, True, False, True]
+  assert [x is None for x in got] == [False] * 3 + [True, True, False]
   for i in (0, 1, 2, 5):
     np.testing.assert_array_equal(got[i], write.picture(i))
+
+
+def test_a_file_that_cannot_be_read_is_no_bad_image(write, tmp_path):
+  """The disk may be back later: nothing is concluded of the image."""
+  good = tmp_path / "a.png"
+  good.write_bytes(write.encode(write.picture(0), "PNG"))
+  with pytest.raises(FileNotFoundError, match=r"absent\.png"):
+    list(image_files.read([str(good), str(tmp_path / "absent.png")], 3))
 
 
 def test_a_text_named_like_an_image_is_not_read(tmp_path):
@@ -101,15 +108,18 @@ def test_a_text_named_like_an_image_is_not_read(tmp_path):
   assert list(image_files.read([str(path)], 3)) == [None]
 
 
-def test_one_size_is_that_of_all(write, tmp_path):
-  paths = [tmp_path / f"{i}.png" for i in range(3)]
-  for path in paths[:2]:
-    path.write_bytes(write.encode(write.picture(0, (12, 20)), "PNG"))
-  paths[2].write_bytes(b"no image")
-  assert image_files.one_size(paths) == (12, 20)
-  assert image_files.one_size(paths[2:]) is None
-  paths[2].write_bytes(write.encode(write.picture(0, (20, 12)), "PNG"))
-  assert image_files.one_size(paths) is None
+def test_sizes_are_those_of_the_images(write):
+  def files(*shapes):
+    return [
+      io.BytesIO(write.encode(write.picture(0, x)) if x else b"no image")
+      for x in shapes
+    ]
+
+  assert image_files.sizes(files((12, 20), (), (12, 20))) == {(12, 20)}
+  assert image_files.sizes(files(())) == set()
+  read = iter(files((12, 20), (20, 12), (9, 9)))
+  assert image_files.sizes(read) == {(12, 20), (20, 12)}
+  assert len(list(read)) == 1  # Two are enough.
 
 
 def test_more_channels_than_three_are_resized_alike(write):

@@ -1,6 +1,8 @@
+import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -10,10 +12,13 @@ from umae_jax import UserError, sharding
 from umae_jax.data import (
   arrays,
   folder,
+  image_files,
   in_memory,
   on_device,
   pipeline,
+  share,
   sources,
+  table,
 )
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -21,8 +26,8 @@ SIZE = (24, 24)
 PLAIN = {"crop_scale": (), "flip": False}
 
 
-def memory(source, image_size=SIZE, channels=3, keep_size=False):
-  return in_memory.MemorySource(source, image_size, channels, keep_size)
+def memory(source, image_size=SIZE, channels=3, crops=False):
+  return in_memory.MemorySource(source, image_size, channels, crops)
 
 
 @pytest.fixture
@@ -31,7 +36,7 @@ def few(image_folder):
   found = folder.open_folder(
     str(image_folder), "train", eval_fraction=0.1, classes=""
   )
-  return memory(found, keep_size=True)
+  return memory(found, crops=True)
 
 
 def draw(source, steps, devices=1, batch_size=8, **options):
@@ -161,21 +166,44 @@ def test_crops_are_taken_from_images_of_their_own_size(write, tmp_path):
   found = folder.open_folder(
     str(tmp_path), "train", eval_fraction=0.1, classes=""
   )
-  own = memory(found, (12, 12), keep_size=True)
+  own = memory(found, (12, 12), crops=True)
   assert own.pixels.images.shape == (8, 24, 24, 3)
   (whole,) = draw(own, [0], crop_scale=(1.0, 1.0), flip=False)
   assert whole["image"].shape == (8, 12, 12, 3)
-  # A crop of (nearly) all of it is not the centre with its margin off.
   cut = memory(found, (12, 12))
   assert cut.pixels.images.shape == (8, 12, 12, 3)
-  # Images of several sizes have none of their own.
+  # Of images of several sizes, they would be crops of central crops.
   (tmp_path / "train" / "a" / "x.png").write_bytes(
     write.encode(write.picture(1, (30, 20)), "PNG")
   )
   found = folder.open_folder(
     str(tmp_path), "train", eval_fraction=0.1, classes=""
   )
-  assert memory(found, (12, 12), keep_size=True).stored_size == (12, 12)
+  with pytest.raises(UserError, match=r"30 x 20 .*feed=device_crop or host"):
+    memory(found, (12, 12), crops=True).check(8, 1)
+  memory(found, (12, 12)).check(8, 1)
+
+
+def test_record_files_of_one_size_keep_it_for_crops(
+  tfds_folder, write, tmp_path
+):
+  def check(directory, crops):
+    options = {"directory": str(directory), "image_size": SIZE, "channels": 3}
+    source = sources.open_source("tiny_set", "train", **options)
+    source = memory(source, (12, 12), crops=crops)
+    source.check(8, 1)
+    return source
+
+  kept = check(tfds_folder, crops=True).pixels.images
+  assert kept.shape == (37, 24, 24, 3)
+  np.testing.assert_array_equal(kept[36], write.picture(36))
+  assert check(tfds_folder, crops=False).pixels.images.shape[1:3] == (12, 12)
+  shapes = [(24, 24), (24, 24), (20, 28)]
+  images = [(write.encode(write.picture(0, x)), 0) for x in shapes]
+  write.tfds(tmp_path, [images], ["a"])
+  with pytest.raises(UserError, match=r"20 x 28.*--config.data.crop_scale"):
+    check(tmp_path, crops=True)
+  assert check(tmp_path, crops=False).pixels.images.shape == (3, 12, 12, 3)
 
 
 def assert_close(got, expected, tolerance):
@@ -245,7 +273,7 @@ def test_unreadable_images_are_grey_named_and_limited(write, tmp_path, caplog):
   found = folder.open_folder(
     str(tmp_path), "train", eval_fraction=0.1, classes=""
   )
-  source = memory(found, keep_size=True)
+  source = memory(found, crops=True)
   assert source.stored_size == SIZE
   images, labels, readable = source.pixels
   assert readable.tolist() == [True, False] + [True] * 4
@@ -264,12 +292,94 @@ def test_unreadable_images_are_grey_named_and_limited(write, tmp_path, caplog):
     on_device.TrainingSet(source, mesh, max_unreadable=0.1, **options)
 
 
-def test_a_set_that_does_not_fit_is_refused_unread():
-  source = memory(arrays.open_made("train", SIZE, 3), (10**6, 10**6))
-  with pytest.raises(UserError, match=r"feed='memory': 256 .*=host"):
-    source.check(8, 1)
-  assert "pixels" not in vars(source)
-  memory(source.source).check(8, 1)
+def test_an_unreadable_record_is_named_where_classes_are_dropped(
+  write, tmp_path, caplog
+):
+  """By its place in the file, as TFDS counts."""
+  examples = [(write.encode(write.picture(i)), i % 3) for i in range(9)]
+  examples[7] = (b"no image", 1)
+  write.tfds(tmp_path, [examples[:4], examples[4:]], ["a", "b", "c"])
+  listing = tmp_path / "list.txt"
+  listing.write_text("b\nc\n")
+  source = sources.open_source(
+    "tiny_set",
+    "train",
+    directory=str(tmp_path),
+    classes=str(listing),
+    image_size=SIZE,
+    channels=3,
+  )
+  source = memory(source)
+  assert source.pixels.readable.tolist() == [True] * 4 + [False, True]
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  options = {"batch_size": 2, "seed": 0, "max_unreadable": 0.2} | PLAIN
+  (name,) = on_device.TrainingSet(source, mesh, **options).unreadable
+  assert name.endswith("tiny_set-train.tfrecord-00001-of-00002__3")
+  assert name in caplog.text
+
+
+def test_evaluation_cuts_images_in_several_threads(
+  write, tmp_path, monkeypatch
+):
+  write.folder(tmp_path / "train", {"a": 4, "b": 4})
+  found = folder.open_folder(
+    str(tmp_path), "train", eval_fraction=0.1, classes=""
+  )
+  source = memory(found, (12, 12), crops=True)
+  assert source.pixels.images.shape == (8, 24, 24, 3)
+  crop, threads = image_files.central_crop, set()
+
+  def watched(*arguments):
+    threads.add(threading.get_ident())
+    return crop(*arguments)
+
+  monkeypatch.setattr(image_files, "central_crop", watched)
+  (batch,) = in_memory.eval_batches(source, batch_size=8)
+  assert threads and threading.get_ident() not in threads
+  order = table.evaluation_rows(8, share.Share(8), 8)[0]
+  for image, row in zip(batch["image"], order):
+    np.testing.assert_array_equal(
+      image, crop(source.pixels.images[row], (12, 12))
+    )
+
+
+@pytest.mark.parametrize("devices, accelerator", [(1, 0), (8, 0), (2, 1)])
+@pytest.mark.parametrize("processes", [1, 4])
+def test_sets_that_do_not_fit_together_are_refused_unread(
+  monkeypatch, devices, accelerator, processes
+):
+  """The host keeps both; a device that is a CPU has its copy there, too."""
+  train, test = (
+    memory(arrays.open_made(split, SIZE, 3)) for split in ("train", "test")
+  )
+  copy, other = 256 * 24 * 24 * 3, 64 * 24 * 24 * 3
+  limits = {}
+
+  class Device:
+    device_kind = "chip"
+
+    def memory_stats(self):
+      return {"bytes_limit": limits["device"]} if accelerator else None
+
+  monkeypatch.setattr(jax, "local_devices", lambda: [Device()] * devices)
+  monkeypatch.setattr(
+    os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 0}.get
+  )
+
+  def check(host, device):
+    limits["device"] = int(device)
+    pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": int(host * processes)}
+    monkeypatch.setattr(os, "sysconf", pages.get)
+    in_memory.check_memory(train, test, processes=processes)
+
+  host = 2 * (copy + other + (0 if accelerator else devices * copy))
+  check(host, 2 * copy)
+  with pytest.raises(UserError, match=r"256 images .* 64 more .*=host"):
+    check(host - 2, 2 * copy)
+  if accelerator:
+    with pytest.raises(UserError, match=r"50% of the .* of chip"):
+      check(host, 2 * copy - 2)
+  assert "pixels" not in vars(train) | vars(test)
 
 
 def test_a_run_needs_no_tensorflow(tmp_path):

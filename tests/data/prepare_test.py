@@ -105,6 +105,30 @@ def test_a_tfds_set_is_copied_as_class_folders(tfds_folder, tmp_path, write):
     assert np.abs(got - np.asarray(expected)).mean() < 4
 
 
+def test_what_cannot_be_read_is_not_left_out(tmp_path, write):
+  """A file that is gone for now: the command stops, and continues later."""
+  write.folder(tmp_path / "full" / "train", {"a": 2, "b": 1})
+  gone = tmp_path / "full" / "train" / "b" / "002.png"
+  options = {
+    "name": "folder",
+    "directory": tmp_path / "full",
+    "split": "train",
+    "output": tmp_path / "small",
+  }
+  data = gone.read_bytes()
+  gone.unlink()
+  gone.symlink_to(tmp_path / "elsewhere")
+  stopped = run(**options)
+  assert stopped.returncode == 1 and "Traceback" not in stopped.stderr
+  assert "002.png" in stopped.stderr
+  assert "The same command continues" in stopped.stderr
+  (tmp_path / "elsewhere").write_bytes(data)
+  assert run(**options).returncode == 0
+  assert {"a/000.png", "a/001.png", "b/002.png"} < set(
+    files(tmp_path / "small")
+  )
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK"])
 def test_every_mode_becomes_a_jpeg_of_the_same_picture(write, mode):
   image = Image.fromarray(write.picture(0, (64, 48))).convert(mode)

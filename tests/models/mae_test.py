@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from umae_jax import convert, losses, models
-from umae_jax.models import patches
+from umae_jax.models import patches, vit
 
 REFERENCE = pathlib.Path(__file__).parents[1] / "reference"
 CASES = ["mae_p8_normpix", "mae_p4_rawpix"]
@@ -198,6 +198,35 @@ def test_what_training_needs_is_part_of_the_whole():
       ),
       rtol=1e-5,
     )
+
+
+@pytest.mark.parametrize("decoder_depth", [1, 2])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_execution_changes_no_gradient_of_training(scan, remat, decoder_depth):
+  """The decoder's last block sees fewer tokens: it is not scanned."""
+  noise = jax.random.uniform(jax.random.key(2), (2, 16))
+  images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+  execution = vit.Execution(remat=remat, scan_layers=scan)
+  plain = small(decoder_depth=decoder_depth)
+  other = plain.clone(execution=execution, decoder_execution=execution)
+  variables = jax.jit(plain.init)(jax.random.key(0), images, noise)
+
+  def gradient(model):
+    def loss(variables):
+      out = model.apply(variables, images, noise, method=model.predict_removed)
+      return jnp.square(out.prediction - out.target).sum()
+
+    return jax.jit(jax.grad(loss))
+
+  jaxpr = str(jax.make_jaxpr(gradient(other))(variables))
+  # Of the encoder, forward and backward, and of all but the last block.
+  assert jaxpr.count(" scan[") == (2 * decoder_depth if scan else 0)
+  chex.assert_trees_all_close(
+    *(gradient(model)(variables) for model in (plain, other)),
+    rtol=1e-4,
+    atol=1e-4,
+  )
 
 
 def test_no_gradient_scatters():

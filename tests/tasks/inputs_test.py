@@ -1,3 +1,6 @@
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -41,3 +44,23 @@ def test_weights_of_another_encoder_are_refused(config, changes, message):
   config.update_from_flattened_dict(changes)
   with pytest.raises(UserError, match=message):
     inputs.load_pretrained(config, sharding.make_mesh())
+
+
+def test_cudnn_is_refused_where_there_is_none(config):
+  mesh = sharding.make_mesh()
+  config.execution.attention = "xla,cudnn"
+  assert inputs.execution(config, mesh, 5).attention == "xla"
+  with pytest.raises(
+    UserError, match=r"attention='xla,cudnn'.*float32.*'auto'"
+  ):
+    inputs.execution(config, mesh, 5, "decoder_")
+
+
+def test_a_loaded_encoder_is_computed_as_asked(config):
+  config.execution.update(remat="full", scan_layers=True)
+  model, params = inputs.load_pretrained(config, sharding.make_mesh())
+  assert inputs.facts(model, params)["attention"] == "xla"
+  images = jnp.ones((1, 32, 32, 3))
+  encode = functools.partial(model.apply, method=model.encode)
+  jaxpr = str(jax.make_jaxpr(encode)({"params": params}, images))
+  assert " scan[" in jaxpr

@@ -17,8 +17,7 @@ class InputSide:
 
   def __init__(self, config: ml_collections.ConfigDict):
     self._config = config
-    crops = len(config.data.crop_scale) > 0
-    self._source = run.open_source(config, config.data.train_split, crops)
+    self._source = run.open_source(config, training=True)
 
   def measure(self, batches: int) -> dict[str, Any]:
     """Images per second, and per second of a CPU; see `feeding.measure`."""

@@ -67,13 +67,14 @@ class JaxSide:
     self._calls = {}
 
   def facts(self) -> dict[str, Any]:
-    """The hardware, and the type of the matrix products."""
+    """The hardware, the type of the matrix products, and the attention."""
     devices = self._mesh.devices.flat
     return {
       "device_kind": devices[0].device_kind,
       "devices": self._mesh.devices.size,
       "platform": devices[0].platform,
       "dtype": str(inputs.compute_dtype(self._config, self._mesh)),
+      "attention": self._task.found["attention"],
     }
 
   def compile(self) -> dict[str, float]:
@@ -117,10 +118,9 @@ class JaxSide:
   def open_feed(self) -> dict[str, str]:
     """Makes steps("end_to_end", n) possible; {"missing": why} if it is not."""
     config = self._config
-    crops = len(config.data.crop_scale) > 0
     try:
-      source = run.open_source(config, config.data.train_split, crops)
-      source.check(config.batch_size, jax.process_count())
+      source = run.open_source(config, training=True)
+      run.check_sources(config, source)
       config_lib.plan(config, source.num_examples)
       feed = feeding.open_feed(config, source, self._mesh, self._step)
     except UserError as error:

@@ -4,9 +4,11 @@ As `decode` and `augment.central_crop`, to within two grey levels; a JPEG that
 ends early is not readable here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import concurrent.futures
+import io
 import os
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -29,42 +31,59 @@ def read(
     image_size: (H, W) to which `central_crop` brings them; None leaves them.
 
   Yields:
-    (h, w, C) uint8, or None for a file that is not readable.
+    (h, w, C) uint8, or None for a file that does not decode.
+
+  Raises:
+    OSError: a file can not be read, which says nothing about the image.
   """
 
   def read_one(path):
+    with open(path, "rb") as file:  # noqa: PTH123
+      data = file.read()
     try:
-      image = convert_channels(_decode(path), channels)
+      image = convert_channels(_decode(data), channels)
     # Pillow says what is wrong with a file in half a dozen ways.
     except Exception:
       return None
     return image if image_size is None else central_crop(image, image_size)
 
+  yield from _in_threads(read_one, paths)
+
+
+def central_crops(
+  images: np.ndarray, image_size: tuple[int, int]
+) -> Iterator[np.ndarray]:
+  """`central_crop` of each of (n, h, w, C), in several threads, in order."""
+  yield from _in_threads(lambda x: central_crop(x, image_size), images)
+
+
+def _in_threads(function, items: Sequence) -> Iterator:
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-    for begin in range(0, len(paths), CHUNK):
-      yield from threads.map(read_one, paths[begin : begin + CHUNK])
+    for begin in range(0, len(items), CHUNK):
+      yield from threads.map(function, items[begin : begin + CHUNK])
 
 
-def one_size(paths: Sequence[str | bytes]) -> tuple[int, int] | None:
-  """(h, w) of all the images; None if they differ. Decodes none of them.
+def sizes(files: Iterable[BinaryIO]) -> set[tuple[int, int]]:
+  """Sizes, (h, w), of encoded images; ends with the second. Decodes none.
 
-  Files that are not readable do not count.
+  What is no image has no size.
   """
   found = set()
-  for path in paths:
-    try:
-      with Image.open(path, formats=FORMATS) as image:
-        found.add((image.height, image.width))
-    except Exception:
-      continue
+  for file in files:
+    with file:
+      try:
+        image = Image.open(file, formats=FORMATS)
+      except Exception:
+        continue
+      found.add((image.height, image.width))
     if len(found) > 1:
-      return None
-  return found.pop() if found else None
+      break
+  return found
 
 
-def _decode(path: str | bytes) -> np.ndarray:
+def _decode(data: bytes) -> np.ndarray:
   """(h, w, 3) uint8; the first picture of an animation, without alpha."""
-  with Image.open(path, formats=FORMATS) as image:
+  with Image.open(io.BytesIO(data), formats=FORMATS) as image:
     if image.mode.startswith("I"):  # 16 bits of grey, of which eight are kept.
       grey = (np.asarray(image) >> 8).astype(np.uint8)
       return np.repeat(grey[..., None], 3, axis=-1)

@@ -6,7 +6,9 @@ Loaded here, and evaluated from here; `on_device` trains on it.
 from collections.abc import Iterator
 import dataclasses
 import functools
+import io
 import itertools
+import math
 import os
 import sys
 from typing import NamedTuple
@@ -51,14 +53,14 @@ class MemorySource:
     source: whose images.
     image_size: (H, W) of the batches.
     channels: C.
-    keep_size: whether images that all have one size keep it, to be cropped
-      from; all else is cut to `image_size` as for evaluation, TFDS's always.
+    crops: whether random crops are taken of the images, which keep their size
+      then; else they are cut to `image_size`, as for evaluation.
   """
 
   source: Source
   image_size: tuple[int, int]
   channels: int
-  keep_size: bool
+  crops: bool
 
   @property
   def num_examples(self) -> int:
@@ -70,33 +72,52 @@ class MemorySource:
     """Of all classes, in the order of the labels."""
     return self.source.class_names
 
+  def name_of(self, row: int) -> str:
+    """What to call the image in a row of `pixels`."""
+    is_table = isinstance(self.source, TableSource)
+    # A stream counts what it drops, too.
+    return self.source.name_of(row if is_table else self.source.kept[row])
+
   def check(self, batch_size: int, process_count: int) -> None:
-    """Refuses batches that do not divide, and what does not fit into memory.
+    """Refuses batches that do not divide, and crops of images of any size.
 
     Raises:
       UserError: says which.
     """
     Share(batch_size, process_count=process_count)
-    (height, width), channels = self.stored_size, self.channels
-    needed = self.num_examples * height * width * channels
-    limit, where = memory_limit()
-    if needed > limit:
+    if len(self._sizes) > 1:
       raise UserError(
-        f"config.data.feed='memory': {self.num_examples} images of {height} x "
-        f"{width} x {channels} bytes are {needed / 1e9:.3g} GB, more than the "
-        f"{limit / 1e9:.3g} GB that they may take of {where}. Use "
-        "--config.data.feed=host, or a smaller config.data.image_size."
+        "config.data.feed='memory' takes random crops of images of one size; "
+        f"here are {' and '.join(f'{h} x {w}' for h, w in self._sizes)} "
+        "pixels, for instance. Use --config.data.feed=device_crop or host, "
+        "--config.data.crop_scale='()', or images of one size."
       )
 
   @functools.cached_property
-  def stored_size(self) -> tuple[int, int]:
-    """(h, w) of the images in memory."""
-    if not self.keep_size or not isinstance(self.source, TableSource):
-      return self.image_size
+  def _sizes(self) -> set[tuple[int, int]]:
+    """Sizes, (h, w), found among the images; not more than two."""
+    if not self.crops:
+      return {self.image_size}
+    if not isinstance(self.source, TableSource):
+      records = self.source.eval_records(Share(READ_BATCH), self.num_examples)
+      records = records.map(lambda x: x["image"]).batch(READ_BATCH)
+      stacks = records.as_numpy_iterator()
+      return image_files.sizes(io.BytesIO(x) for stack in stacks for x in stack)
     images = self.source.load()
     if self.source.is_path:
-      return image_files.one_size(images) or self.image_size
-    return images.shape[1:3]
+      files = (open(x, "rb") for x in images)  # noqa: PTH123, SIM115
+      return image_files.sizes(files)
+    return {images.shape[1:3]}
+
+  @property
+  def stored_size(self) -> tuple[int, int]:
+    """(h, w) of the images in memory."""
+    return next(iter(self._sizes), self.image_size)
+
+  @property
+  def num_bytes(self) -> int:
+    """Of all images in memory."""
+    return self.num_examples * math.prod(self.stored_size) * self.channels
 
   @functools.cached_property
   def pixels(self) -> Pixels:
@@ -125,10 +146,10 @@ class MemorySource:
       images = image_files.read(stored, self.channels, size)
     else:
       stored = image_files.convert_channels(stored, self.channels)
-      images = (image_files.central_crop(image, size) for image in stored)
+      images = image_files.central_crops(stored, size)
     for index, (image, label) in enumerate(zip(images, self.source.labels)):
       if image is None:
-        name = self.source.name_of(index)
+        name = self.name_of(index)
         logging.warning("Not readable, replaced by grey: %s", name)
       yield image, label
 
@@ -137,7 +158,7 @@ class MemorySource:
     with pipeline.eval_batches(
       self.source,
       batch_size=READ_BATCH,
-      image_size=self.image_size,
+      image_size=self.stored_size,
       channels=self.channels,
     ) as batches:
       for batch in batches:
@@ -146,22 +167,40 @@ class MemorySource:
           yield image if readable else None, label
 
 
-def memory_limit() -> tuple[int, str]:
-  """(bytes that a data set may take, of which memory): the scarcer one.
+def check_memory(
+  train: MemorySource, *others: MemorySource, processes: int
+) -> None:
+  """Refuses sets that take too much memory together, unread.
 
-  Every device holds a copy; a CPU's lies in the memory of the host.
+  The host keeps all images, and every device a copy of those to train on; a
+  CPU's copy lies in the memory of the host.
+
+  Args:
+    train: to be trained on.
+    *others: besides.
+    processes: that keep them on this machine.
+
+  Raises:
+    UserError: says where, how much is needed, and what there is.
   """
   devices = jax.local_devices()
-  host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  stats = devices[0].memory_stats() or {}
-  if "bytes_limit" in stats:
-    limits = [(stats["bytes_limit"], f"the memory of {devices[0].device_kind}")]
-    limits += [(host, "the memory of this machine")]
+  copied, kept = train.num_bytes, sum(x.num_bytes for x in (train, *others))
+  host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes
+  limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+  if limit:
+    memories = [(devices[0].device_kind, limit, copied)]
   else:
-    each = f"the memory of this machine for each of {len(devices)} devices"
-    limits = [(host // len(devices), each)]
-  size, where = min(limits)
-  return int(MOST * size), f"{where} ({size / 1e9:.3g} GB)"
+    memories, kept = [], kept + len(devices) * copied
+  memories += [("this machine for each of its processes", host, kept)]
+  for where, size, needed in memories:
+    if needed > MOST * size:
+      raise UserError(
+        f"config.data.feed='memory': {train.num_examples} images to train on "
+        f"and {sum(x.num_examples for x in others)} more need "
+        f"{needed / 1e9:.3g} GB; {MOST:.0%} of the {size / 1e9:.3g} GB of "
+        f"{where} is less. Use --config.data.feed=host, or a smaller "
+        "config.data.image_size."
+      )
 
 
 def eval_batches(
@@ -184,8 +223,8 @@ def eval_batches(
     row = np.maximum(index, 0)
     images = pixels.images[row]
     if images.shape[1:3] != source.image_size:
-      size = source.image_size
-      images = np.stack([image_files.central_crop(x, size) for x in images])
+      crops = image_files.central_crops(images, source.image_size)
+      images = np.stack(list(crops))
     yield {
       "image": images,
       "label": np.where(index < 0, 0, pixels.labels[row]),

@@ -52,7 +52,7 @@ class TrainingSet:
   ):
     pixels = source.pixels
     bad = np.flatnonzero(~pixels.readable).tolist()
-    self.unreadable = [source.source.name_of(index) for index in bad]
+    self.unreadable = [source.name_of(row) for row in bad]
     pipeline.refuse_unreadable(
       self.unreadable, source.num_examples, max_unreadable
     )

@@ -206,10 +206,10 @@ def copy_one(task: Task, output: pathlib.Path, size: int) -> bool:
   """Copies an image unless it is there; False if it is not readable."""
   if _is_image(task.target):
     return True
+  data = task.data
+  if data is None:
+    data = pathlib.Path(task.name).read_bytes()
   try:
-    data = task.data
-    if data is None:
-      data = pathlib.Path(task.name).read_bytes()
     data = shrink(data, size)
   # Pillow says what is wrong with a file in half a dozen ways.
   except Exception:

@@ -1,6 +1,6 @@
 """Attention within an image: our arithmetic of it, and cuDNN's."""
 
-from collections.abc import Sequence
+import functools
 import statistics
 import time
 
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 IMPLEMENTATIONS = ("xla", "cudnn")
+REPEATS = 10  # Of which the median counts.
 
 
 def attend(
@@ -83,24 +84,20 @@ def _backward(saved, gradient):
 _attend.defvjp(_forward, _backward)
 
 
-def fastest(
-  shape: tuple[int, int, int, int],
-  dtype: jnp.dtype,
-  implementations: Sequence[str] = IMPLEMENTATIONS,
-  repeats: int = 10,
-) -> str:
+@functools.cache
+def fastest(shape: tuple[int, int, int, int], dtype: jnp.dtype) -> str:
   """The implementation that is fastest here, forward and backward.
+
+  The first must work; another one may not know the shape, the dtype or the
+  device: it is then left out, with a warning.
 
   Args:
     shape: (B, T, heads, d) of query, key and value, on one device.
     dtype: theirs.
-    implementations: those to try; the first must work, another may not know
-      the shape, the dtype or the device: it is then left out, with a warning.
-    repeats: of which the median counts.
   """
   x = jnp.ones(shape, dtype)
   seconds = {}
-  for name in implementations:
+  for name in IMPLEMENTATIONS:
 
     def total(query, key, value, name=name):
       return attend(query, key, value, name).astype(jnp.float32).sum()
@@ -109,13 +106,13 @@ def fastest(
     try:
       jax.block_until_ready(step(x, x, x))
     except Exception as error:  # Of many kinds, all of which mean: not here.
-      if name == implementations[0]:
+      if name == IMPLEMENTATIONS[0]:
         raise
       reason = str(error).splitlines()[0] if str(error) else repr(error)
       logging.warning("No %s attention of %s: %s", name, shape, reason)
       continue
     times = []
-    for _ in range(repeats):
+    for _ in range(REPEATS):
       start = time.perf_counter()
       jax.block_until_ready(step(x, x, x))
       times.append(time.perf_counter() - start)

@@ -147,10 +147,10 @@ def transformer(
   scanned = 0
   if execution.scan_layers and not module.is_initializing():
     scanned = depth if last is None else depth - 1
-    names = [f"block{i}" for i in range(scanned)]
+  if scanned:
     stacked = jax.tree.map(
       lambda *leaves: jnp.stack(leaves),
-      *(module.get_variable("params", name) for name in names),
+      *(module.get_variable("params", f"block{i}") for i in range(scanned)),
     )
     block = Block(**fields, parent=None)
 

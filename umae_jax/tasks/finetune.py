@@ -1,7 +1,5 @@
 """Fine-tuning: encoder and classifier trained together, as MAE does it."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -12,7 +10,6 @@ import optax
 from umae_jax import UserError, mixing, models, optimizers
 from umae_jax import config as config_lib
 from umae_jax.data import sources
-from umae_jax.models import patches as patches_lib
 from umae_jax.tasks import Task, classification, inputs
 from umae_jax.train_step import Objective
 
@@ -47,6 +44,7 @@ def make(
     expected = jax.eval_shape(init, jax.random.key(0))
     given = pretrained_part(config, weights, expected)
     found = inputs.facts(source, given)
+  found["attention"] = model.execution.attention
   schedule = inputs.make_schedule(config, plan)
   adamw = optimizers.adamw(
     schedule,
@@ -74,21 +72,13 @@ def make_model(
 ) -> models.Classifier:
   """The classifier, of `config.model`'s encoder; `source` = pretrained one."""
   encoder = ("patch_size", "width", "depth", "num_heads", "mlp_ratio")
-  c = config.model
-  grid = patches_lib.grid_shape(tuple(config.data.image_size), c.patch_size)
-  execution = inputs.execution(
-    *(config, mesh),
-    tokens=1 + math.prod(grid),
-    width=c.width,
-    num_heads=c.num_heads,
-  )
   return models.Classifier(
     **{key: config.model[key] for key in encoder},
     num_classes=num_classes,
     pool=config.classifier.pool,
     drop_path=config.classifier.drop_path,
     dtype=inputs.compute_dtype(config, mesh),
-    execution=execution,
+    execution=inputs.execution(config, mesh, 1 + inputs.num_patches(config)),
     **({"norm_epsilon": source.norm_epsilon} if source else {}),
   )
 

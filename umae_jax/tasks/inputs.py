@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import functools
+import math
 from typing import Any
 import zlib
 
@@ -17,6 +18,7 @@ from umae_jax import config as config_lib
 from umae_jax.data import in_memory, pipeline, sources
 from umae_jax.evals import features
 from umae_jax.models import attention, vit
+from umae_jax.models import patches as patches_lib
 
 
 def normalize(images: jax.Array, mean, std) -> jax.Array:
@@ -35,43 +37,54 @@ def compute_dtype(config: ml_collections.ConfigDict, mesh: Mesh) -> jnp.dtype:
   return jnp.dtype(name)
 
 
+def num_patches(config: ml_collections.ConfigDict) -> int:
+  """L of the images of a configuration."""
+  size = tuple(config.data.image_size)
+  return math.prod(patches_lib.grid_shape(size, config.model.patch_size))
+
+
+def attentions(config: ml_collections.ConfigDict, mesh: Mesh) -> list[str]:
+  """The implementations of attention that can be had on this mesh."""
+  on_gpu = mesh.devices.flat[0].platform == "gpu"
+  fused = on_gpu and compute_dtype(config, mesh) == jnp.bfloat16
+  return [x for x in attention.IMPLEMENTATIONS if fused or x != "cudnn"]
+
+
 def execution(
-  config: ml_collections.ConfigDict,
-  mesh: Mesh,
-  *,
-  tokens: int,
-  width: int,
-  num_heads: int,
+  config: ml_collections.ConfigDict, mesh: Mesh, tokens: int, prefix: str = ""
 ) -> vit.Execution:
   """How to compute a transformer on this mesh, of `config.execution`.
 
   Args:
     config: of the run.
     mesh: where.
-    tokens: T of its sequences in training.
-    width: of a token.
-    num_heads: of its blocks.
+    tokens: T of its sequences.
+    prefix: "" of the encoder, "decoder_" of the decoder.
 
   Raises:
     UserError: cuDNN's attention is asked for where there is none.
   """
-  chosen, dtype = config.execution.attention, compute_dtype(config, mesh)
-  fits = mesh.devices.flat[0].platform == "gpu" and dtype == jnp.bfloat16
-  if chosen == "cudnn" and not fits:
+  names = config.execution.attention.split(",")
+  chosen = names[-1] if prefix else names[0]
+  possible = attentions(config, mesh)
+  if chosen == "cudnn" and chosen not in possible:
     raise UserError(
-      "config.execution.attention='cudnn' is for bfloat16 on NVIDIA GPUs; here "
-      f"are {mesh.devices.size} x {mesh.devices.flat[0].device_kind} and "
-      f"{dtype}. Set it to 'auto'."
+      f"config.execution.attention={config.execution.attention!r}: 'cudnn' is "
+      f"for bfloat16 on NVIDIA GPUs; here are {mesh.devices.size} x "
+      f"{mesh.devices.flat[0].device_kind} and {compute_dtype(config, mesh)}. "
+      "Set it to 'auto'."
     )
   if chosen == "auto":
-    chosen = "xla"
-    if fits:
+    chosen = possible[0]
+    if len(possible) > 1:
       images = config.batch_size // config.micro_batches // mesh.devices.size
-      shape = (max(images, 1), tokens, num_heads, width // num_heads)
-      names = attention.IMPLEMENTATIONS
-      number = names.index(attention.fastest(shape, dtype))
+      heads = config.model[f"{prefix}num_heads"]
+      width = config.model[f"{prefix}width"]
+      shape = (max(images, 1), tokens, heads, width // heads)
+      fastest = attention.fastest(shape, compute_dtype(config, mesh))
       # All processes must run the same program.
-      chosen = names[sharding.from_first_process(number)]
+      number = sharding.from_first_process(possible.index(fastest))
+      chosen = possible[number]
   return vit.Execution(
     chosen, config.execution.remat, config.execution.scan_layers
   )
@@ -162,17 +175,23 @@ def load_pretrained(
       f"config.pretrained={config.pretrained!r} is of another encoder: "
       f"{'; '.join(differing)}. Set these keys to what is there."
     )
-  return model.clone(dtype=compute_dtype(config, mesh)), params
+  execute = execution(config, mesh, 1 + num_patches(config))
+  dtype = compute_dtype(config, mesh)
+  return model.clone(dtype=dtype, execution=execute), params
 
 
 def facts(model, params: Any) -> dict[str, object]:
-  """What tells one set of weights, {"pretrained": CRC-32, "norm_epsilon"}."""
+  """Of pretrained weights: their CRC-32, and what else their run records."""
   crc = functools.reduce(
     lambda crc, x: zlib.crc32(np.ascontiguousarray(x).tobytes(), crc),
     jax.tree.leaves(params),
     0,
   )
-  return {"pretrained": crc, "norm_epsilon": model.norm_epsilon}
+  return {
+    "pretrained": crc,
+    "norm_epsilon": model.norm_epsilon,
+    "attention": model.execution.attention,
+  }
 
 
 def make_schedule(

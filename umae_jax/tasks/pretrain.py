@@ -29,12 +29,11 @@ def make(
   """The task of a validated configuration."""
   model = make_model(config, mesh)
   image_size, channels = tuple(config.data.image_size), config.data.channels
-  patches = np.prod(patches_lib.grid_shape(image_size, model.patch_size))
 
   def init(key):
     images = jnp.zeros((1, *image_size, channels))
-    ratio = config.loss.mask_ratio
-    return model.init(key, images, jnp.zeros((1, patches)), ratio)["params"]
+    noise = jnp.zeros((1, inputs.num_patches(config)))
+    return model.init(key, images, noise, config.loss.mask_ratio)["params"]
 
   schedule = inputs.make_schedule(config, plan)
   optimizer = optimizers.adamw(
@@ -52,31 +51,24 @@ def make(
     normalize_pixels=config.loss.normalize_pixels,
     uniformity_weight=config.loss.uniformity_weight,
   )
-  return Task(init, objective, optimizer, schedule, evaluate)
+  both = (model.execution.attention, model.decoder_execution.attention)
+  found = {"attention": ",".join(both)}
+  return Task(init, objective, optimizer, schedule, evaluate, found=found)
 
 
 def make_model(
   config: ml_collections.ConfigDict, mesh: Mesh
 ) -> models.MaskedAutoencoder:
   """The model, of `config.model`'s fields."""
-  c = config.model
-  grid = patches_lib.grid_shape(tuple(config.data.image_size), c.patch_size)
-  patches = int(np.prod(grid))
+  patches = inputs.num_patches(config)
+  visible = masking.num_visible(patches, config.loss.mask_ratio)
   execution = functools.partial(inputs.execution, config, mesh)
   changed = {
     "dtype": inputs.compute_dtype(config, mesh),
-    "execution": execution(
-      tokens=1 + masking.num_visible(patches, config.loss.mask_ratio),
-      width=c.width,
-      num_heads=c.num_heads,
-    ),
-    "decoder_execution": execution(
-      tokens=1 + patches,
-      width=c.decoder_width,
-      num_heads=c.decoder_num_heads,
-    ),
+    "execution": execution(1 + visible),
+    "decoder_execution": execution(1 + patches, "decoder_"),
   }
-  return models.MaskedAutoencoder(**dict(c) | changed)
+  return models.MaskedAutoencoder(**dict(config.model) | changed)
 
 
 def make_objective(
