@@ -14,7 +14,7 @@ setuptools.setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   packages=setuptools.find_packages(include=["umae_jax", "umae_jax.*"]),
-  package_data={"umae_jax.data": ["*.txt"]},
+  package_data={"umae_jax.analysis": ["*.html"], "umae_jax.data": ["*.txt"]},
   python_requires=">=3.11",
   install_requires=[
     "absl-py>=2.1",
