@@ -31,6 +31,7 @@ setuptools.setup(
     "safetensors>=0.4",
     "scikit-learn>=1.4",
     "tensorboardX>=2.6",
+    "threadpoolctl>=3",
     f"tensorflow-cpu>=2.18; {TENSORFLOW_CPU}",
     "tensorflow>=2.18; sys_platform != 'linux' or platform_machine != 'x86_64'",
     "tensorflow-datasets>=4.9.8",

@@ -151,15 +151,15 @@ def test_the_tables_hold_the_last_evaluations(written, trained):
   assert str(trained) not in whole
 
 
-def test_one_run_without_log_whose_report_is_made_again(
-  trained, tmp_path, capsys
+def test_one_run_without_log_in_the_place_of_an_older_report(
+  trained, written, tmp_path, capsys
 ):
   path = tmp_path / "a <run>"
   shutil.copytree(trained / "umae", path)
   for name in ("metrics.jsonl", "summary.json"):
     (path / name).unlink()
-  for _ in range(2):
-    assert report.main([str(path), "--images=70"]) == 0
+  shutil.copytree(written[0], path / "report")
+  assert report.main([str(path), "--images=70"]) == 0
   text = (path / "report" / "index.html").read_text()
   assert "a <run> (U-MAE): not finished" in "".join(Page(text).texts)
   assert "a <run>" not in text

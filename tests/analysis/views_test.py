@@ -60,14 +60,17 @@ def test_curves_of_no_log_at_all():
 
 
 def test_ranks_end_with_the_final_norm(drawn):
-  ranks = {"rank": {"a": {"whole": [1.0, 2.0, 3.0], "masked": [2.0, 3.0, 4.0]}}}
-  views.ranks_by_layer(ranks)
-  axes = drawn[0].axes[0]
-  np.testing.assert_array_equal(axes.lines[0].get_xdata(), [1, 2, 3])
-  np.testing.assert_array_equal(axes.lines[0].get_ydata(), [1, 2, 3])
-  diamonds = [x.get_xdata() for x in axes.lines if x.get_marker() == "D"]
-  assert diamonds == [3, 3]
-  assert list(axes.get_xticks()) == [1, 2]  # The third is no block.
+  ones = np.eye(4).cumsum(0)  # Of rank 1, 2, 3, 4, by either measure.
+  views.ranks_by_layer({"a": {"whole": ones[:3], "masked": ones[1:]}})
+  for axes in drawn[0].axes:
+    np.testing.assert_array_equal(axes.lines[0].get_xdata(), [1, 2, 3])
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [1, 2, 3])
+    diamonds = [x for x in axes.lines if x.get_marker() == "D"]
+    np.testing.assert_allclose(
+      [x.get_xydata()[0] for x in diamonds], [[3, 3], [3, 4]]
+    )
+    assert list(axes.get_xticks()) == [1, 2]  # The third is no block.
+  assert drawn[0].axes[1].get_title() == "participation ratio"
 
 
 def test_densities_are_densities(drawn):

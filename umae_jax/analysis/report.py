@@ -21,8 +21,9 @@ from umae_jax import command_line  # Before TensorFlow loads.
 
 # isort: split
 import numpy as np
+import threadpoolctl
 
-from umae_jax import UserError, __version__
+from umae_jax import UserError
 from umae_jax import run as run_lib
 from umae_jax.analysis import findings, pictures, runs, similarity, views
 from umae_jax.analysis import spectrum as spectra
@@ -96,9 +97,16 @@ def draw(found, images, labels, names, say):
     measured[run.label] = findings.find(run, images, labels)
   tokens = {label: x.whole[-1] for label, x in measured.items()}
   say("ranks, pairs and similarities")
-  values = {k: spectra.singular_values(x) for k, x in tokens.items()}
-  yield "spectrum", pictures.spectrum(values)
-  yield "layers", views.ranks_by_layer(_ranks(measured))
+  values = {
+    label: {
+      kind: [spectra.singular_values(tokens) for tokens in getattr(x, kind)]
+      for kind in ("whole", "masked")
+    }
+    for label, x in measured.items()
+  }
+  last = {label: x["whole"][-1] for label, x in values.items()}
+  yield "spectrum", pictures.spectrum(last)
+  yield "layers", views.ranks_by_layer(values)
   cosines = {label: x.cosines for label, x in measured.items()}
   yield "pairs", views.pair_cosines(cosines)
   yield "pairs_table", _pairs(found, measured)
@@ -134,23 +142,6 @@ def _accuracies(found):
     step = str(record.get("step", "–"))
     rows.append([run.label, *settings, step, *(f"{x:#.4g}" for x in scaled)])
   return _table(rows)
-
-
-def _ranks(measured):
-  """{measure: {label: {kind of image: values by layer}}}."""
-  return {
-    name: {
-      label: {
-        kind: [measure(spectra.singular_values(x)) for x in tokens]
-        for kind, tokens in (("whole", x.whole), ("masked", x.masked))
-      }
-      for label, x in measured.items()
-    }
-    for name, measure in (
-      ("effective rank", spectra.effective_rank),
-      ("participation ratio", spectra.participation_ratio),
-    )
-  }
 
 
 def _pairs(found, measured):
@@ -214,10 +205,13 @@ def _scatters(tokens, labels, names):
 
   labels = labels[:MOST_POINTS]
   tsne = manifold.TSNE(perplexity=min(30, len(labels) / 4), random_state=0)
-  points = {
-    label: tsne.fit_transform(similarity.unit(x[:MOST_POINTS]))
-    for label, x in tokens.items()
-  }
+  # Of several threads, each of thousands of steps waits for the slowest: on a
+  # machine with other work ten times as long.
+  with threadpoolctl.threadpool_limits(1):
+    points = {
+      label: tsne.fit_transform(similarity.unit(x[:MOST_POINTS]))
+      for label, x in tokens.items()
+    }
   return views.scatters(points, labels, names)
 
 
@@ -245,8 +239,8 @@ def _words(found) -> dict[str, str]:
     "summary": f"{'; '.join(steps)}. Images: {data.name}, {data.eval_split}, "
     f"{' × '.join(map(str, data.image_size))} pixels.",
     "key": "; ".join(pairs) + "." if pairs[0].startswith("run 1 = ") else "",
-    "footer": f"Made {now} by umae_jax {__version__}, commit "
-    f"{commit or 'unknown'}, of {', '.join(places)}.",
+    "footer": f"Made {now} by umae_jax, commit {commit or 'unknown'}, of "
+    f"{', '.join(places)}.",
   }
   return {name: html.escape(x) for name, x in texts.items()}
 

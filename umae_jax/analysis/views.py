@@ -12,7 +12,7 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 import numpy as np
 
-from umae_jax.analysis import pictures
+from umae_jax.analysis import pictures, spectrum
 
 RIGHT, WRONG = "#0072b2", "#d55e00"  # Frames; also told by a sign.
 MOST_CLASSES = 20  # With a colour of their own: of more, the most frequent.
@@ -65,19 +65,24 @@ def curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> np.ndarray:
 
 
 def ranks_by_layer(
-  ranks: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
+  singular_values: Mapping[str, Mapping[str, Sequence[np.ndarray]]],
 ) -> np.ndarray:
-  """Measures of the class token over the layers, a panel each.
+  """Effective rank and participation ratio over the layers.
 
   Args:
-    ranks: {measure: {label: {"whole" or "masked": (depth + 1,)}}}, the last
-      of them after the final LayerNorm.
+    singular_values: {label: {"whole" or "masked": depth + 1 arrays (k,)}}, the
+      last of them after the final LayerNorm.
   """
-  figure, panels = _panels(ranks, (4.6, 3.2))
-  for axes, by_label in zip(panels, ranks.values()):
-    for (label, series), color in zip(by_label.items(), pictures.colors()):
-      for kind, y in series.items():
-        x, line = np.arange(1, len(y) + 1), "-" if kind == "whole" else "--"
+  measures = spectrum.effective_rank, spectrum.participation_ratio
+  titles = ["effective rank", "participation ratio"]
+  figure, panels = _panels(titles, (4.6, 3.2))
+  for axes, measure in zip(panels, measures):
+    for (label, kinds), color in zip(
+      singular_values.items(), pictures.colors()
+    ):
+      for kind, layers in kinds.items():
+        y, line = [measure(x) for x in layers], "-" if kind == "whole" else "--"
+        x = np.arange(1, len(y) + 1)
         axes.plot(x, y, color=color, linestyle=line, label=f"{label}, {kind}")
         axes.plot(x[:-1], y[:-1], "o", color=color, markersize=3.5)
         axes.plot(x[-1], y[-1], "D", color=color, markersize=5)
