@@ -228,3 +228,18 @@ def test_reconstruction_looks_at_removed_patches_only():
   )
   assert loss(images, prediction, jnp.array([[0.0, 1.0, 1.0, 1.0]])) == 0
   assert loss(images, prediction, jnp.array([[1.0, 0.0, 0.0, 0.0]])) == 36
+
+
+@pytest.mark.parametrize(
+  "second, expected",
+  [
+    ([[2.0, 0.0], [0.0, 1.0]], 0.0),  # Parallel, whatever the length.
+    ([[0.0, 5.0], [1.0, 0.0]], 2.0),  # Orthogonal.
+    ([[-1.0, 0.0], [0.0, 3.0]], 2.0),  # Opposite, 4, and parallel, 0.
+    ([[0.0, 0.0], [0.0, 1.0]], 0.5),  # A zero row: |z|^2 = 1, and 0.
+  ],
+)
+def test_alignment_known_values(second, expected):
+  first = jnp.array([[3.0, 0.0], [0.0, 0.5]])
+  got = losses.alignment_loss(first, jnp.array(second))
+  np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-12)

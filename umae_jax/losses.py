@@ -81,18 +81,40 @@ def removed_patches_loss(
   return jnp.square(prediction.astype(jnp.float32) - target).mean()
 
 
+def alignment_loss(first: jax.Array, second: jax.Array) -> jax.Array:
+  """Mean squared distance of positive pairs, each row scaled to length 1.
+
+  Args:
+    first: (B, D), any scale; a zero row counts as z = 0.
+    second: (B, D), the other half of each pair, such as the same images under
+      other masks.
+
+  Returns:
+    () float32 in [0, 4]: 0 = all pairs are alike, 2 = independent, on average.
+
+  Source: Wang & Isola 2020 (arXiv:2005.10242), alpha = 2.
+  """
+  chex.assert_equal_shape([first, second])
+  return jnp.square(_unit_rows(first) - _unit_rows(second)).sum(-1).mean()
+
+
 def second_moment(features: jax.Array) -> jax.Array:
   """C = Z^T Z / B of the rows z_i = f_i / |f_i|, (B, D) -> (D, D) float32.
 
   The trace is 1 for non-zero rows. A zero row counts as z = 0.
   """
   chex.assert_rank(features, 2)
+  z = _unit_rows(features)
+  # The default precision would round z to bfloat16 on a TPU.
+  return jnp.matmul(z.T, z, precision="highest") / len(z)
+
+
+def _unit_rows(features):
+  """z_i = f_i / |f_i|, float32; zero rows stay zero."""
   f = features.astype(jnp.float32)
   square_norm = jnp.square(f).sum(axis=-1, keepdims=True)  # (B, 1)
   # Not f / norm(f): the gradient of a norm is NaN at zero.
-  z = f * jax.lax.rsqrt(jnp.maximum(square_norm, 1e-24))
-  # The default precision would round z to bfloat16 on a TPU.
-  return jnp.matmul(z.T, z, precision="highest") / len(f)
+  return f * jax.lax.rsqrt(jnp.maximum(square_norm, 1e-24))
 
 
 def uniformity_loss(

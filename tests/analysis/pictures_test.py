@@ -127,14 +127,14 @@ def test_curves_show_what_is_logged_and_only_that(tmp_path, monkeypatch):
     monkeypatch, lambda: pictures.curves(RECORDS, tmp_path / "c.png")
   )
   shown = {axes.get_title(): axes for axes in figure.axes if axes.axison}
-  assert list(shown) == ["Loss", "Uniformity loss", "Accuracy"]
+  assert list(shown) == ["Loss", "Losses of the class tokens", "Accuracy"]
   (loss,) = shown["Loss"].lines
   np.testing.assert_array_equal(loss.get_xdata(), [1, 2, 3])
   np.testing.assert_array_equal(loss.get_ydata(), [1, np.nan, 0.5])
   assert loss.get_label() == "loss (train)"
   (accuracy,) = shown["Accuracy"].lines
   assert accuracy.get_label() == "knn accuracy (eval)"
-  assert shown["Uniformity loss"].get_yscale() == "log"
+  assert shown["Losses of the class tokens"].get_yscale() == "log"
   assert shown["Loss"].get_yscale() == "linear"
   assert (tmp_path / "c.png").exists()
 

@@ -24,16 +24,15 @@ _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _COLUMNS = ("original", "visible", "reconstruction", "prediction")
 _TILE = 160  # Smaller images are magnified to at least this width, in pixels.
 
+_TOKEN_LOSSES = ("uniformity_loss", "alignment_loss")
 # Panels of `curves`: title, and which names of the log they show.
 _PANELS: tuple[tuple[str, Callable[[str], bool]], ...] = (
-  ("Loss", lambda x: x.endswith("loss") and x != "uniformity_loss"),
-  ("Uniformity loss", lambda x: x == "uniformity_loss"),
+  ("Loss", lambda x: x.endswith("loss") and x not in _TOKEN_LOSSES),
+  ("Losses of the class tokens", lambda x: x in _TOKEN_LOSSES),
   ("Accuracy", lambda x: x.endswith("accuracy")),
   (
     "Dimensions used by the features",
-    lambda x: (
-      x in ("effective_dimension", "effective_rank", "participation_ratio")
-    ),
+    lambda x: x.endswith(("effective_rank", "_dimension", "_ratio")),
   ),
   ("Learning rate", lambda x: x == "learning_rate"),
 )

@@ -200,10 +200,13 @@ def probes(train, test, singular_values, num_classes, evaluation):
 
 
 def make_held_out_losses(model, config, jit):
-  """Returns (params, batches) -> both losses over a whole split.
+  """Returns (params, batches) -> the losses over a whole split.
 
   The masks are always the same ones. The uniformity loss is over all pairs of
-  the split, so that its diagonal term is 1 / N, not 1 / B.
+  the split, so that its diagonal term is 1 / N, not 1 / B; the effective rank
+  is of the same class tokens, of masked images. The alignment loss is between
+  two masks of each image, which no training minimises by itself: it says how
+  far reconstruction does.
   """
   objective = dict(
     patch_size=model.patch_size, normalize_pixels=config.loss.normalize_pixels
@@ -219,18 +222,29 @@ def make_held_out_losses(model, config, jit):
     mean = losses.reconstruction_loss(
       images, out.prediction, out.mask * seen[:, None], **objective
     )
-    moment = losses.second_moment(out.tokens[:, 0] * seen[:, None])
-    total = jnp.where(count > 0, mean * count, 0.0)
-    return count, total, moment * len(images)
+    token = out.tokens[:, 0] * seen[:, None]
+    moment = losses.second_moment(token) * len(images)
+    noise = evaluation_noise(model, images, config.seed + 1, number)
+    other = model.apply(
+      {"params": params},
+      *(images, noise, config.loss.mask_ratio),
+      method=model.encode_visible,
+    )[:, 0]
+    other *= seen[:, None]
+    apart = losses.alignment_loss(token, other) * len(images)
+    return count, jnp.where(count > 0, mean * count, 0.0), apart, moment
 
   def held_out_losses(params, batches):
     parts = [  # Fetched one by one, or all batches would wait in memory.
       jax.device_get(sums(params, batch, i)) for i, batch in enumerate(batches)
     ]
-    count, total, moment = (sum(x) for x in zip(*parts, strict=True))
+    count, total, apart, moment = (sum(x) for x in zip(*parts, strict=True))
+    values = spectrum.of_moment(moment / count)
     return {
       "reconstruction_loss": total / count,
       "uniformity_loss": np.square(moment / count).sum(),
+      "alignment_loss": apart / count,
+      "masked_effective_rank": spectrum.effective_rank(values),
     }
 
   return held_out_losses
