@@ -60,9 +60,8 @@ def write(
   rows = sorted(rows, key=lambda row: (row[RATIO], row[WEIGHT], row["seed"]))
   directory, file = pathlib.Path(directory), io.StringIO()
   names = dict.fromkeys(key for row in rows for key in row)
-  writer = csv.DictWriter(file, names, lineterminator="\n")
-  writer.writeheader()
-  writer.writerows(rows)
+  lines = [names, *([row.get(name) for name in names] for row in rows)]
+  csv.writer(file, lineterminator="\n").writerows(lines)
   text = file.getvalue().encode()
   workdir.write_file(directory / "sweep.csv", lambda file: file.write(text))
   picture(rows, exact, directory / "sweep.png")
