@@ -26,6 +26,7 @@ LEVELS = {
   "train_step": 2,
   "evals": 2,
   "analysis": 2,
+  "analysis.sweep": 5,
   "models": 1,
   "convert": 1.5,
   # What needs no Flax: images to patches; losses are made of it.
