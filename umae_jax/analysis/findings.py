@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from umae_jax import losses
-from umae_jax.analysis import encoders, runs, similarity
+from umae_jax.analysis import encoders, guarantees, runs, similarity
 from umae_jax.models import masking
 from umae_jax.models import patches as patches_lib
 from umae_jax.tasks import inputs, pretrain
 
 BATCH = 64  # Images at a time.
 SEED = 0  # Of the masks, whatever the runs' own, so that they agree.
+MASKS = 6  # Of each image of `bounds`.
 PAIRS = ("same image, two masks", "sharing a target", "random")
 
 
@@ -103,6 +104,33 @@ def reconstruct(
     np.asarray, pretrain.reconstructions(run.model, config, run.params, images)
   )
   return masked, np.where(masked == original, original, predicted)
+
+
+def bounds(run: runs.Run, images: np.ndarray) -> dict[str, guarantees.Bound]:
+  """What docs/theory.md says of the reconstruction of a few images.
+
+  Predictions and targets are scaled to length 1, so that the loss is 2 minus
+  twice their mean cosine.
+  """
+  model, data, loss = run.model, run.config.data, run.config.loss
+  x = inputs.normalize(images, data.mean, data.std)
+  target = patches_lib.patchify(x, model.patch_size)
+  if loss.normalize_pixels:
+    target = losses.normalize_patches(target)
+  predict = jax.jit(functools.partial(model.apply, mask_ratio=loss.mask_ratio))
+  noises = [noise_of(model, images, seed) for seed in range(MASKS)]
+  outs = [jax.device_get(predict({"params": run.params}, x, n)) for n in noises]
+  world = guarantees.of_predictions(
+    np.stack([out.prediction for out in outs], axis=1),
+    np.stack([out.mask for out in outs], axis=1) > 0,
+    np.asarray(target),
+  )
+  joint, outputs, targets, _ = world
+  return {
+    "asymmetric": guarantees.asymmetric_bound(*world),
+    "alignment": guarantees.alignment_bound(joint, outputs, targets),
+    "sharp": guarantees.alignment_bound(joint, outputs, targets, sharp=True),
+  }
 
 
 def attention(run: runs.Run, images: np.ndarray) -> np.ndarray:

@@ -31,6 +31,7 @@ from umae_jax.benchmark import figures
 from umae_jax.tasks import inputs
 
 SHOWN, NEIGHBOURS = 6, 5  # Images in pictures, and neighbours of each.
+BOUNDED = 16  # Images of the table of bounds.
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 MOST_HEADS, MOST_POINTS = 4, 2_000  # Shown of attention, and of t-SNE.
 PAGE = "index.html"
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     images, labels, names = read_images(found[0], given.images, given.data_dir)
     output.mkdir(parents=True, exist_ok=True)
     texts = {"count": len(images), "points": min(len(images), MOST_POINTS)}
+    texts |= {"bounded": BOUNDED, "masks": findings.MASKS}
     texts |= _words(found)
     for name, image in draw(found, images, labels, names, say):
       if isinstance(image, np.ndarray):
@@ -73,7 +75,7 @@ def read_images(run: runs.Run, limit: int, data_dir: str | None):
   config.batch_size, config.micro_batches = findings.BATCH, 1
   config.data.directory = data_dir or config.data.directory
   try:
-    source = run_lib.open_source(config, config.data.eval_split, False)
+    source = run_lib.open_source(config, training=False)
   except UserError as error:
     raise UserError(f"{error} (--data_dir says where they are now.)") from error
   batches = inputs.make_batches(config)(source, limit=limit)
@@ -110,6 +112,7 @@ def draw(found, images, labels, names, say):
   cosines = {label: x.cosines for label, x in measured.items()}
   yield "pairs", views.pair_cosines(cosines)
   yield "pairs_table", _pairs(found, measured)
+  yield "bounds_table", _bounds(found, images[:BOUNDED])
   layers = [list(x.whole) for x in measured.values()]
   matrix = similarity.cka_matrix([y for x in layers for y in x], debiased=True)
   sizes = dict(zip(_short(found), map(len, layers)))
@@ -153,6 +156,16 @@ def _pairs(found, measured):
     for kind in findings.PAIRS:
       cells += [f"{x.alignment[kind]:.3f}", f"{100 * x.same_label[kind]:.0f} %"]
     rows.append([*cells, f"{x.uniformity:.4f}"])
+  return _table(rows)
+
+
+def _bounds(found, images):
+  measured = [findings.bounds(run, images) for run in found]
+  rows = [["run", "loss", *(f"{x} (slack)" for x in measured[0])]]
+  for run, bounds in zip(found, measured):
+    loss = next(iter(bounds.values())).loss
+    cells = [f"{x.bound:.3f} ({x.slack:.3f})" for x in bounds.values()]
+    rows.append([run.label, f"{loss:.3f}", *cells])
   return _table(rows)
 
 
