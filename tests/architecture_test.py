@@ -49,6 +49,7 @@ LEVELS = {
   "workdir": 0,
   "data": 0,
   "data.on_device": 0.5,
+  "data.prepare": 0.5,
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [

@@ -20,7 +20,8 @@ print(done, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def run(keep, **environment):
   out = subprocess.run(
     [sys.executable, "-c", PROGRAM.format(keep=keep)],
-    env=os.environ | environment,
+    # Huge pages, which NumPy asks for, are few faults without any of this.
+    env=os.environ | {"NUMPY_MADVISE_HUGEPAGE": "0"} | environment,
     capture_output=True,
     text=True,
     check=True,
@@ -35,7 +36,7 @@ def test_memory_is_faulted_in_once():
   done, faults = run(keep=True, JAX_PLATFORMS="cpu")
   if not done:
     pytest.skip("no mallopt in this C library")
-  assert faults < 500 < 2_000 < run(keep=False)[1]
+  assert 10 * faults < run(keep=False)[1]
 
 
 def test_an_accelerators_host_is_left_alone():

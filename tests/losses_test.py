@@ -121,7 +121,7 @@ def test_the_devices_sum_one_d_by_d_matrix_and_nothing_of_the_batch():
   for copies in (1, 4):
     features = sharding.to_global(np.tile(FEATURES, (copies, 1)), mesh)
     text = step.lower(features).compile().as_text()
-    found = re.findall(rf"= (\S+) ({kinds})(?:-start)?\(", text)
+    found = re.findall(rf"= (.+?) ({kinds})(?:-start)?\(", text)
     assert [kind for _, kind in found] == ["all-reduce"]
     assert found[0][0].startswith("f32[16,16]")
     rows = len(features)  # Nor is there a matrix of all pairs.

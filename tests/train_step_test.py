@@ -1,4 +1,6 @@
+import collections
 import functools
+import re
 
 import chex
 import jax
@@ -8,6 +10,7 @@ import optax
 import pytest
 
 from umae_jax import losses, models, sharding, train_step
+from umae_jax.benchmark import jax_side
 from umae_jax.tasks import pretrain
 
 # SGD, not Adam: attention's key bias has a gradient of exactly zero in real
@@ -43,11 +46,30 @@ def init(key):
   return MODEL.init(key, images, jnp.zeros((1, 16)))["params"]
 
 
+@pytest.fixture
+def split_small_arrays(monkeypatch):
+  """The model is too small for FSDP, which leaves small arrays whole."""
+  original = sharding.state_sharding
+  monkeypatch.setattr(
+    *(sharding, "state_sharding"), functools.partial(original, min_size=256)
+  )
+
+
+def assert_split(state, fsdp):
+  """Of some arrays, a device has 1 / fsdp alone."""
+  parts = {
+    x.size // np.prod(x.sharding.shard_shape(x.shape))
+    for x in jax.tree.leaves(state.params)
+  }
+  assert parts == {1, fsdp}
+
+
 @functools.cache
 def run(num_devices, fsdp=1, micro_batches=1, num_steps=3):
   """Trains on some of the fake devices; (state, metrics of the steps)."""
   mesh = sharding.make_mesh(fsdp, jax.devices()[:num_devices])
   state = train_step.init_state(init, SGD, jax.random.key(0), mesh)
+  assert_split(state, fsdp)
   return advance(state, mesh, micro_batches, BATCHES[:num_steps])
 
 
@@ -63,11 +85,14 @@ def advance(state, mesh, micro_batches=1, batches=BATCHES, objective=OBJECTIVE):
   return jax.device_get(state), jax.device_get(metrics)
 
 
+@pytest.mark.usefixtures("split_small_arrays")
 @pytest.mark.parametrize("num_devices, fsdp", [(2, 1), (8, 2), (8, 8)])
 def test_number_of_devices_does_not_change_the_run(num_devices, fsdp):
   one, metrics_one = run(1)
   many, metrics_many = run(num_devices, fsdp)
   chex.assert_trees_all_close(metrics_one, metrics_many, rtol=1e-4)
+  for a, b in zip(metrics_one, metrics_many):
+    np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
   chex.assert_trees_all_close(one.params, many.params, rtol=1e-4, atol=1e-5)
 
 
@@ -356,6 +381,7 @@ def advance_at_once(numbers, num_devices=1, fsdp=1):
   """Steps on drawn batches, `numbers` of them at a time."""
   mesh = sharding.make_mesh(fsdp, jax.devices()[:num_devices])
   state = train_step.init_state(init, SGD, jax.random.key(0), mesh)
+  assert_split(state, fsdp)
   layout = jax.tree.map(lambda x: x.sharding, state)
 
   def draw(data, step):
@@ -378,6 +404,7 @@ def test_steps_at_once_are_bit_for_bit_single_steps():
   assert singly[0].step == 5
 
 
+@pytest.mark.usefixtures("split_small_arrays")
 @pytest.mark.parametrize("num_devices, fsdp", [(1, 1), (8, 2)])
 def test_steps_at_once_are_those_of_batches_from_the_host(num_devices, fsdp):
   state, scalars = advance_at_once([3], num_devices, fsdp)
@@ -386,6 +413,44 @@ def test_steps_at_once_are_those_of_batches_from_the_host(num_devices, fsdp):
   chex.assert_trees_all_close(
     state.params, expected.params, rtol=1e-4, atol=1e-5
   )
+
+
+def program(objective, batch_size):
+  """The compiled step on eight devices."""
+  mesh = sharding.make_mesh()
+  state = train_step.init_state(init, SGD, jax.random.key(0), mesh)
+  layout = jax.tree.map(lambda x: x.sharding, state)
+  step = train_step.make_train_step(objective, SGD, mesh, layout, seed=0)
+  images = np.zeros((batch_size, 16, 16, 3), np.uint8)
+  batch = sharding.to_global({"image": images}, mesh)
+  return step.lower(state, batch).compile().as_text()
+
+
+def collectives(text):
+  """Counts of (kind, type) of all that a program exchanges between devices."""
+  kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
+  found = re.findall(rf"= (.+?) ({kinds})(?:-start)?\(", text)
+  # Several may be sent together, as a tuple.
+  return collections.Counter(
+    (kind, part)
+    for types, kind in found
+    for part in re.findall(r"\w+\[[\d,]*\]", types)
+  )
+
+
+def test_the_uniformity_loss_adds_one_d_by_d_sum_to_the_step():
+  """And nothing that grows with the batch; nor does the step scatter."""
+  assert collectives("x = (f32[2,3]{1,0}, f32[]) all-reduce-start(y)") == {
+    ("all-reduce", "f32[2,3]"): 1,
+    ("all-reduce", "f32[]"): 1,
+  }
+  plain = jax_side.without_uniformity(OBJECTIVE)
+  for batch_size in (16, 64):
+    text = program(OBJECTIVE, batch_size)
+    ours, theirs = collectives(text), collectives(program(plain, batch_size))
+    assert theirs and theirs <= ours
+    assert ours - theirs == {("all-reduce", "f32[32,32]"): 1}
+    assert " scatter(" not in text
 
 
 def test_bad_gradients_are_counted_within_steps_at_once():

@@ -79,6 +79,8 @@ def test_wrong_usage_is_told_in_a_line():
   )
   for flags, message in [
     (["--against=torch"], "pip install 'umae_jax[torch]'"),
+    (["--against=torch", "--config.data.image_size=(32,)"], "needs 2 numbers"),
+    (["--config.mesh.fsdp=0"], "config.mesh.fsdp=0 must be greater than 0"),
     (["--config.task=finetune"], "the benchmark is of 'pretrain'"),
     (["--output=none/x.json"], "--output=none/x.json: there is no folder"),
   ]:

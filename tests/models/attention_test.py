@@ -46,11 +46,13 @@ def test_value_and_gradient_are_those_of_the_definition(queries, scale):
 
 def test_bfloat16_keeps_a_float32_softmax():
   """Close to float32 on the same inputs, and given back as it came."""
-  x = tuple(a.astype(jnp.bfloat16) for a in inputs(4, 60))
+  # Large logits; values that bfloat16 rounds by 2e-3 at most.
+  scaled = zip((3, 3, 0.25), inputs(4, 60))
+  x = tuple((scale * a).astype(jnp.bfloat16) for scale, a in scaled)
   out = attention.attend(*x)
   assert out.dtype == jnp.bfloat16
   exact = plain(*(a.astype(jnp.float32) for a in x))
-  np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=1e-2)
+  np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=4e-3)
   grads = jax.grad(
     lambda x: attention.attend(*x).astype(jnp.float32).sum(), argnums=0
   )(x)

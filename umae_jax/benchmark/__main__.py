@@ -21,7 +21,7 @@ from typing import Any
 from absl import app, flags, logging
 import ml_collections
 
-from umae_jax import UserError, command_line, metrics, workdir
+from umae_jax import UserError, command_line, metrics, validation, workdir
 from umae_jax import config as config_lib
 from umae_jax.benchmark import figures, flops, torch_side
 from umae_jax.benchmark.worker import Worker
@@ -71,6 +71,8 @@ def main(argv: list[str]) -> int:
 
 def check(config: ml_collections.ConfigDict) -> None:
   """Refuses what cannot be measured or written, before anything starts."""
+  # JAX, started elsewhere, knows how many devices there are.
+  validation.validate(config, num_devices=config.mesh.fsdp)
   if config.task != "pretrain":
     raise UserError(
       f"config.task={config.task!r}: the benchmark is of 'pretrain'; use a "

@@ -23,24 +23,21 @@ import json
 import multiprocessing
 import os
 import pathlib
-import shutil
 import signal
 import sys
 from typing import NamedTuple
-import uuid
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # It only reads here.
 
 from PIL import Image
 import tqdm
 
-from umae_jax import UserError
+from umae_jax import UserError, workdir
 from umae_jax.data import image_files, sources
 from umae_jax.data.share import Share, Source
 from umae_jax.data.table import TableSource
 
 CLAIM = "prepare.json"  # In --output: what is there, so that it is not mixed.
-PARTIAL = ".partial"  # In --output: files being written.
 QUALITY = 95
 WAITING = 8  # Images that wait for each process.
 NAMES_SHOWN = 20  # Of unreadable images.
@@ -67,13 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
       _refuse_inside(output, given.directory)
     claim(output, facts)
     tasks = tasks_of(source, given.directory, output)
-    unreadable = copy(
-      tasks, source.num_examples, output, given.size, given.processes
-    )
-    _write(output, output / CLAIM, _json(facts | {"unreadable": unreadable}))
-    shutil.rmtree(output / PARTIAL)
+    unreadable = copy(tasks, source.num_examples, given.size, given.processes)
+    workdir.write_json(output / CLAIM, facts | {"unreadable": unreadable})
   except UserError as error:
-    print(f"umae_jax: {error}", file=sys.stderr, flush=True)
+    message = str(error).replace("config.data.*_split", "--split")
+    message = message.replace("config.data.", "--")
+    print(f"umae_jax: {message}", file=sys.stderr, flush=True)
     return 2
   except (OSError, concurrent.futures.BrokenExecutor) as error:
     print(f"umae_jax: {error}\nThe same command continues.", file=sys.stderr)
@@ -116,20 +112,16 @@ def claim(output: pathlib.Path, facts: dict[str, str | int]) -> None:
   if output.exists() and not output.is_dir():
     raise UserError(f"--output={output} is a file; name a new directory.")
   if not output.exists() or not any(output.iterdir()):
-    _write(output, file, _json(facts))
-    return
+    output.mkdir(parents=True, exist_ok=True)
+    workdir.write_json(file, facts)
   try:
     found = json.loads(file.read_text())
   except (OSError, ValueError):
+    found = None
+  if not isinstance(found, dict) or not facts.items() <= found.items():
     raise UserError(
-      f"--output={output} holds something else, as it has no readable {CLAIM}. "
-      "Name a new or empty directory."
-    ) from None
-  differ = [f"{k} {found.get(k)!r}" for k in facts if found.get(k) != facts[k]]
-  if differ:
-    raise UserError(
-      f"--output={output} holds another copy, of {', '.join(differ)}. Name a "
-      "new or empty directory, or the same source and size."
+      f"--output={output} holds something else, as its {CLAIM} does not say "
+      f"{facts}. Name a new or empty directory, or the same source and size."
     )
 
 
@@ -155,18 +147,13 @@ def tasks_of(
 
 
 def copy(
-  tasks: Iterator[Task],
-  count: int,
-  output: pathlib.Path,
-  size: int,
-  processes: int,
+  tasks: Iterator[Task], count: int, size: int, processes: int
 ) -> list[str]:
   """Copies `count` images in several processes.
 
   Args:
     tasks: `count` of them.
     count: for the progress bar.
-    output: directory that holds all targets.
     size: pixels of the shorter side.
     processes: how many.
 
@@ -193,7 +180,7 @@ def copy(
     ) as pool,
   ):
     for task in tasks:
-      future = pool.submit(copy_one, task, output, size)
+      future = pool.submit(copy_one, task, size)
       waiting.append((task.name, future))
       if len(waiting) > WAITING * processes:
         finish_one()
@@ -202,7 +189,7 @@ def copy(
   return unreadable
 
 
-def copy_one(task: Task, output: pathlib.Path, size: int) -> bool:
+def copy_one(task: Task, size: int) -> bool:
   """Copies an image unless it is there; False if it is not readable."""
   if _is_image(task.target):
     return True
@@ -214,7 +201,8 @@ def copy_one(task: Task, output: pathlib.Path, size: int) -> bool:
   # Pillow says what is wrong with a file in half a dozen ways.
   except Exception:
     return False
-  _write(output, task.target, data)
+  task.target.parent.mkdir(parents=True, exist_ok=True)
+  workdir.write_file(task.target, lambda file: file.write(data))
   return True
 
 
@@ -246,19 +234,6 @@ def _is_image(path: pathlib.Path) -> bool:
       return True
   except Exception:
     return False
-
-
-def _write(output: pathlib.Path, path: pathlib.Path, data: bytes) -> None:
-  """Writes a file below `output` such that it is never seen in part."""
-  partial = output / PARTIAL / uuid.uuid4().hex
-  for folder in (partial.parent, path.parent):
-    folder.mkdir(parents=True, exist_ok=True)
-  partial.write_bytes(data)
-  partial.replace(path)
-
-
-def _json(facts: dict) -> bytes:
-  return (json.dumps(facts, indent=2) + "\n").encode()
 
 
 def _refuse_inside(output: pathlib.Path, directory: str) -> None:
