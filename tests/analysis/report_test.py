@@ -268,13 +268,14 @@ def test_keys_newer_than_the_run_have_defaults(changed):
   assert run.step == 21 and run.finished and run.records
 
 
-def test_runs_are_named_by_what_differs(trained, tmp_path):
+def test_runs_are_named_by_what_differs(trained, changed, tmp_path):
   for name in ("a", "b"):
     shutil.copytree(trained / "mae", tmp_path / name / "run")
   found = runs.read([tmp_path / "a" / "run", tmp_path / "b" / "run"])
   assert [x.label for x in found] == ["a/run (MAE)", "b/run (MAE)"]
   assert runs.differences(found) == []
-  both = runs.read([trained / "mae", trained / "umae"])
+  path = changed(data__feed="host", log__images=3, mesh__fsdp=2)  # No matter.
+  both = runs.read([trained / "mae", path])
   assert runs.differences(both) == ["loss.uniformity_weight"]
 
 

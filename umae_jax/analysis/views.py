@@ -188,10 +188,8 @@ def mosaic(
   figure = Figure(size, dpi=pictures.DPI)
 
   def write(x, y, text, largest, room, **style):
-    points = min(
-      largest, 72 * room / (0.65 * len(text) + 1)
-    )  # So that it fits.
-    style |= {"ha": "center", "fontsize": points}
+    fitting = 72 * room / (0.65 * len(text) + 1)  # Points.
+    style |= {"ha": "center", "fontsize": min(largest, fitting)}
     figure.text(x / size[0], 1 - y / size[1], text, **style)
 
   for c, images in enumerate(columns):
