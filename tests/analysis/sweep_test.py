@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import shutil
 import signal
 import statistics
 import subprocess
@@ -41,6 +42,7 @@ def start(tmp_path_factory):
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
+      process_group=0,
     )
 
   return start
@@ -52,7 +54,7 @@ def finish(start):
 
   def finish(*flags):
     process = start(*flags)
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=600)
     return process.returncode, output.splitlines(), errors
 
   return finish
@@ -188,6 +190,17 @@ def test_what_is_no_sweep_is_refused(
   assert sorted(directory.rglob("*")) == before
 
 
+def test_a_run_under_the_name_of_another_is_refused(
+  finished, load_config, tmp_path
+):
+  config = load_config("digits", "smoke")
+  config.model.update(depth=1, decoder_depth=1)
+  other = RUN._replace(seed=5)
+  shutil.copytree(finished[0] / RUN.name, tmp_path / other.name)
+  with pytest.raises(UserError, match=r"config\.seed: 0 there, 5 now"):
+    sweep.prepare(config, tmp_path, [other])
+
+
 def test_the_directory_of_a_run_is_refused(finished, load_config):
   config = load_config("digits", "smoke")
   with pytest.raises(UserError, match="that of a single run"):
@@ -227,6 +240,17 @@ def test_exact_curves_are_of_digits_and_several_ratios(load_config):
   assert sweep.exact(config, rows) == ()
 
 
+def ctrl_c(process):
+  """As a terminal does: to the whole group."""
+  os.killpg(process.pid, signal.SIGINT)
+
+
+def trains(log, word):
+  """Whether the run tells of steps since it said that word."""
+  text = log.read_text() if log.exists() else ""
+  return "img/s" in text.partition(word)[2]
+
+
 @pytest.mark.slow
 def test_stopped_and_going_on(start, finish, tmp_path):
   """Runs are asked to stop, save, and go on; exact curves are beside."""
@@ -235,27 +259,30 @@ def test_stopped_and_going_on(start, finish, tmp_path):
     f"--workdir={tmp_path}",
     "--mask_ratio=0.25,0.75",
     "--jobs=2",
-    "--config.num_epochs=60",
+    "--config.num_epochs=100",
   ]
-  process = start(*flags)
-  logs = [tmp_path / f"ratio{x}-weight0.01-seed0" for x in (0.25, 0.75)]
-  logs = [path / "metrics.jsonl" for path in logs]
-  while not all(x.exists() and x.read_text() for x in logs):
-    assert process.poll() is None
-    time.sleep(0.05)
-  process.send_signal(signal.SIGTERM)
-  _, errors = process.communicate(timeout=60)
-  assert process.returncode == 75, errors
-  assert "run the same command again" in errors
-  for log in logs:
-    with workdir.lock(log.parent):  # It is not in use any more.
-      assert not (log.parent / "summary.json").exists()
-    assert any((log.parent / "checkpoints").iterdir())
+  logs = [tmp_path / f"ratio{x}-weight0.01-seed0/log.txt" for x in (0.25, 0.75)]
+  for stop, word in (
+    (ctrl_c, "afresh"),
+    (subprocess.Popen.terminate, "resuming"),
+  ):
+    process = start(*flags)
+    while not all(trains(x, word) for x in logs):
+      assert process.poll() is None
+      time.sleep(0.05)
+    stop(process)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert "run the same command again" in errors
+    for log in logs:
+      with workdir.lock(log.parent):  # It is not in use any more.
+        assert not (log.parent / "summary.json").exists()
   code, lines, errors = finish(*flags)
   assert code == 0, errors
   assert [x[:5] for x in lines[:2]] == ["[1/2]", "[2/2]"]
   for log in logs:
-    text = (log.parent / "log.txt").read_text()
-    assert "starting afresh" in text and "resuming after step" in text
+    text = log.read_text()
+    assert text.count("starting afresh") == 1 and text.count("resuming") == 2
+    assert "Traceback" not in text
   shape = matplotlib.image.imread(tmp_path / "sweep.png").shape
   assert shape[1] == 4 * 510  # Of four columns, as there are exact panels.
