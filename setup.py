@@ -14,7 +14,7 @@ setuptools.setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   packages=setuptools.find_packages(include=["umae_jax", "umae_jax.*"]),
-  package_data={"umae_jax.data": ["*.txt"]},
+  package_data={"umae_jax.analysis": ["*.html"], "umae_jax.data": ["*.txt"]},
   python_requires=">=3.11",
   install_requires=[
     "absl-py>=2.1",
@@ -32,6 +32,7 @@ setuptools.setup(
     "safetensors>=0.4",
     "scikit-learn>=1.4",
     "tensorboardX>=2.6",
+    "threadpoolctl>=3",
     f"tensorflow-cpu>=2.18; {TENSORFLOW_CPU}",
     "tensorflow>=2.18; sys_platform != 'linux' or platform_machine != 'x86_64'",
     "tensorflow-datasets>=4.9.8",

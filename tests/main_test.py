@@ -197,7 +197,7 @@ def test_eight_devices_have_the_losses_of_one(reference, finish, tmp_path):
 
 
 def start_two(start, *flags):
-  """Two processes of two devices each, that work together."""
+  """Two processes of four devices each, that work together."""
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
@@ -205,7 +205,7 @@ def start_two(start, *flags):
     start(
       *flags,
       "--multihost",
-      devices=2,
+      devices=4,
       JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
       JAX_NUM_PROCESSES="2",
       JAX_PROCESS_ID=str(index),
@@ -218,7 +218,7 @@ def test_two_processes_have_the_losses_of_one(reference, start, tmp_path):
   processes = start_two(start, *SMALL, f"--workdir={tmp_path}")
   outputs = [process.communicate(timeout=300) for process in processes]
   assert [p.returncode for p in processes] == [0, 0], outputs
-  assert "4 x cpu" in outputs[0][0]
+  assert "8 x cpu" in outputs[0][0]
   log, expected = (read_log(x, "train") for x in (tmp_path, reference[0]))
   assert_losses_agree(log, expected, 1e-5)
   ours, theirs = (read_log(x, "eval")[-1] for x in (tmp_path, reference[0]))

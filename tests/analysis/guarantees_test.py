@@ -1,10 +1,18 @@
 import hypothesis
 from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy import sparse
 
+from umae_jax import config as config_lib
+from umae_jax import sharding
 from umae_jax.analysis import guarantees, mask_graph
+from umae_jax.data import arrays
+from umae_jax.models import patches as patches_lib
+from umae_jax.tasks import inputs, pretrain
 
 many = hypothesis.settings(max_examples=300, deadline=None)
 
@@ -232,3 +240,58 @@ def test_predictions_of_a_model_make_a_world():
   assert bound.bound == pytest.approx(1 - agreement / count)
   nearest = [max(hs, key=lambda x: x[0])[1] for _, hs in sorted(pairs.items())]
   np.testing.assert_allclose(world.reencoded, nearest)
+
+
+@pytest.fixture(scope="module")
+def trained(load_config):
+  """(model, images, parameters at the start, and after 60 steps) of digits."""
+  config = load_config("digits")
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  source = arrays.open_digits("train")
+  plan = config_lib.plan(config, source.num_examples)
+  task = pretrain.make(config, plan, mesh, source, source)
+  images = source.load()[:100]
+  optimizer = optax.adam(3e-3)
+
+  @jax.jit
+  def step(params, state, key):
+    batch = task.objective.randomize(key, {"image": jnp.asarray(images)})
+    gradient, _ = jax.grad(task.objective.loss, has_aux=True)(
+      params, batch, None
+    )
+    updates, state = optimizer.update(gradient, state)
+    return optax.apply_updates(params, updates), state
+
+  first = params = jax.jit(task.init)(jax.random.key(0))
+  state = optimizer.init(params)
+  for number in range(60):
+    params, state = step(params, state, jax.random.key(number))
+  x = inputs.normalize(jnp.asarray(images), config.data.mean, config.data.std)
+  return pretrain.make_model(config, mesh), x, first, params
+
+
+def test_bounds_hold_for_a_trained_model(trained):
+  model, images, first, params = trained
+  count, masks = 50, 6
+  x = images[:count]
+  targets = np.asarray(patches_lib.patchify(x, model.patch_size))
+  noise = jax.random.uniform(jax.random.key(7), (masks, count, 16))
+  losses = []
+  for parameters in (first, params):
+    outs = [
+      model.apply({"params": parameters}, x, mask, mask_ratio=0.5)
+      for mask in noise
+    ]
+    predictions = np.stack([out.prediction for out in outs], axis=1)
+    removed = np.stack([out.mask for out in outs], axis=1) > 0
+    world = guarantees.of_predictions(predictions, removed, targets)
+    assert world.joint.shape[0] == removed.sum()
+    bounds = [guarantees.asymmetric_bound(*world)]
+    for sharp in (False, True):
+      bounds.append(guarantees.alignment_bound(*world[:3], sharp=sharp))
+      for weight in (0.01, 1.0):
+        spectral = guarantees.spectral_bound(*world[:3], weight, sharp=sharp)
+        bounds.append(spectral)
+    assert all(bound.slack >= -1e-9 for bound in bounds)
+    losses.append(bounds[0].loss)
+  assert losses[1] < 0.5 * losses[0]  # It did learn.

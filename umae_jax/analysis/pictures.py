@@ -19,7 +19,7 @@ import numpy as np
 
 from umae_jax.analysis import spectrum as spectra
 
-_DPI = 150
+DPI = 150
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _COLUMNS = ("original", "visible", "reconstruction", "prediction")
 _TILE = 160  # Smaller images are magnified to at least this width, in pixels.
@@ -74,7 +74,7 @@ def reconstructions(
   )
   removed = (masked != originals).any(-1, keepdims=True)
   filled = np.where(removed, reconstructed, originals)
-  views = [_colored(x) for x in (originals, masked, filled, reconstructed)]
+  views = [colored(x) for x in (originals, masked, filled, reconstructed)]
   rows = np.stack(views, axis=1)  # (n, 4, H, W, 3)
   factor = math.ceil(_TILE / rows.shape[3])
   rows = rows.repeat(factor, axis=2).repeat(factor, axis=3)
@@ -98,9 +98,9 @@ def spectrum(
   Returns:
     (h, w, 3) uint8.
   """
-  figure = Figure(figsize=(6.4, 4.2), dpi=_DPI, layout="constrained")
+  figure = Figure(figsize=(6.4, 4.2), dpi=DPI, layout="constrained")
   axes = figure.subplots()
-  for (name, values), color in zip(singular_values.items(), _cycle()):
+  for (name, values), color in zip(singular_values.items(), colors()):
     values = np.asarray(values, np.float64)
     rank = spectra.effective_rank(values)
     share = values / values.max() if values.any() else values
@@ -114,7 +114,7 @@ def spectrum(
   axes.set_ylabel("singular value / largest")
   axes.set_title("Spectrum of the features")
   axes.legend(frameon=False)
-  _plain(axes)
+  plain(axes)
   return finished(rendered(figure), path)
 
 
@@ -140,7 +140,7 @@ def curves(
   columns = 2 if len(panels) == 4 else min(3, max(1, len(panels)))
   rows = max(1, math.ceil(len(panels) / columns))
   figure = Figure(
-    figsize=(4.4 * columns, 3.1 * rows), dpi=_DPI, layout="constrained"
+    figsize=(4.4 * columns, 3.1 * rows), dpi=DPI, layout="constrained"
   )
   grid = figure.subplots(rows, columns, squeeze=False).ravel()
   figure.get_layout_engine().set(w_pad=0.08, h_pad=0.1)
@@ -167,7 +167,7 @@ def _series(records) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
 
 def _panel(axes: Axes, title: str, chosen: Mapping) -> None:
   """One panel: training as thin lines, evaluations with dots on top."""
-  for ((split, name), (x, y)), color in zip(chosen.items(), _cycle()):
+  for ((split, name), (x, y)), color in zip(chosen.items(), colors()):
     thin = split == "train" and len(x) > 1
     axes.plot(
       *(x, y),
@@ -190,21 +190,23 @@ def _panel(axes: Axes, title: str, chosen: Mapping) -> None:
   axes.set_xlabel("step")
   axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
   axes.legend(frameon=False, fontsize=8)
-  _plain(axes)
+  plain(axes)
 
 
-def _cycle():
+def colors():
+  """The colours of series, for ever; blue and orange come first."""
   while True:
     yield from _COLORS
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+  """Half a frame and a faint grid."""
   axes.spines[["top", "right"]].set_visible(False)
   axes.grid(alpha=0.25, linewidth=0.6)
   axes.set_axisbelow(True)
 
 
-def _colored(images: np.ndarray) -> np.ndarray:
+def colored(images: np.ndarray) -> np.ndarray:
   """(n, H, W, C) of [0, 1] to (n, H, W, 3) uint8."""
   if images.shape[-1] != 3:
     images = images[..., :1].repeat(3, axis=-1)
@@ -247,7 +249,7 @@ def _tiled(rows: np.ndarray, blocks: int) -> tuple[np.ndarray, list[int]]:
 def _labelled(canvas, left_edges, labels, width) -> np.ndarray:
   """Writes a label over each column of tiles, each `width` pixels wide."""
   h, w, _ = canvas.shape
-  figure = Figure(figsize=(w / _DPI, h / _DPI), dpi=_DPI)
+  figure = Figure(figsize=(w / DPI, h / DPI), dpi=DPI)
   figure.figimage(canvas, origin="upper")
   size = 7 if width < 220 else 9
   for x, label in zip(left_edges, labels):
