@@ -53,9 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     images, labels, names = read_images(found[0], given.images, given.data_dir)
     output.mkdir(parents=True, exist_ok=True)
     texts = {"count": len(images), "points": min(len(images), MOST_POINTS)}
-    texts |= {"bounded": BOUNDED, "masks": findings.MASKS}
-    texts |= _words(found)
-    for name, image in draw(found, images, labels, names, say):
+    texts |= _words(found) | {"bounded": BOUNDED, "masks": findings.MASKS}
+    # All of it first: stopped halfway, it leaves nothing behind.
+    for name, image in list(draw(found, images, labels, names, say)):
       if isinstance(image, np.ndarray):
         pictures.write(image, output / f"{name}.png")
         data = base64.b64encode((output / f"{name}.png").read_bytes()).decode()
@@ -130,10 +130,8 @@ def draw(found, images, labels, names, say):
 
 def _accuracies(found):
   keys = runs.differences(found)
-  last = [
-    next((x for x in run.records[::-1] if x["split"] == "eval"), {})
-    for run in found
-  ]
+  logs = [[x for x in run.records if x["split"] == "eval"] for run in found]
+  last = [log[-1] if log else {} for log in logs]
   shown = {k: x for k, x in views.LOGGED.items() if any(k in y for y in last)}
   rows = [["run", *keys, "step", *shown.values()]]
   for run, record in zip(found, last):
@@ -182,10 +180,8 @@ def _reconstructions(found, images):
 
 
 def _neighbours(tokens, images, labels, names, shown):
-  def note(i):
-    return names[labels[i]][:12]
-
-  columns, notes = [images[shown] / 255], [[note(i) for i in shown]]
+  words = [names[label][:12] for label in labels]
+  columns, notes = [images[shown] / 255], [[words[i] for i in shown]]
   right = [[None] * len(shown)]
   for x in tokens.values():
     z = similarity.unit(x)
@@ -194,9 +190,8 @@ def _neighbours(tokens, images, labels, names, shown):
     for nearest in np.argsort(-cosines, axis=1)[:, :NEIGHBOURS].T:
       columns.append(images[nearest] / 255)
       right.append(labels[nearest] == labels[shown])
-      notes.append(
-        [f"{'✗✓'[int(y)]} {note(i)}" for i, y in zip(nearest, right[-1])]
-      )
+      signs = np.where(right[-1], "✓", "✗")
+      notes.append([f"{x} {words[i]}" for x, i in zip(signs, nearest)])
   heads = ["query", *[str(i + 1) for i in range(NEIGHBOURS)] * len(tokens)]
   groups = {"": 1} | dict.fromkeys(tokens, NEIGHBOURS)
   return views.mosaic(columns, heads, groups, notes, right)
@@ -244,14 +239,14 @@ def _words(found) -> dict[str, str]:
     f"step {x.step}, trained at mask ratio {x.config.loss.mask_ratio:g}"
     for x in found
   ]
-  pairs = [f"{x} = {y.label}" for x, y in zip(_short(found), found)]
+  names = [f"{x} = {y.label}" for x, y in zip(_short(found), found)]
   places = [os.path.relpath(x.directory) for x in found]
   now = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"
   texts = {
     "title": "Report of " + ", ".join(x.label for x in found),
     "summary": f"{'; '.join(steps)}. Images: {data.name}, {data.eval_split}, "
     f"{' × '.join(map(str, data.image_size))} pixels.",
-    "key": "; ".join(pairs) + "." if pairs[0].startswith("run 1 = ") else "",
+    "key": "; ".join(names) + "." if names[0].startswith("run 1 = ") else "",
     "footer": f"Made {now} by umae_jax, commit {commit or 'unknown'}, of "
     f"{', '.join(places)}.",
   }
