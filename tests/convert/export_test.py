@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from umae_jax import UserError, convert, models
+from umae_jax import UserError, checkpoint, convert, models
+from umae_jax.models import vit
 
 REFERENCE = pathlib.Path(__file__).parents[1] / "reference"
 CASES = {"mae_p8_normpix": (4, 3), "mae_p4_rawpix": (3, 2)}
@@ -278,3 +279,16 @@ def test_timm(pool, tmp_path):
       for k, x in safetensors_numpy.load_file(back).items()
     },
   )
+
+
+def test_how_a_model_was_computed_is_not_exported(tmp_path):
+  """It says nothing of the weights, and may not be possible elsewhere."""
+  model, params = load_case("mae_p8_normpix")
+  execution = vit.Execution("cudnn", "full", scan_layers=True)
+  changed = model.clone(
+    dtype="bfloat16", execution=execution, decoder_execution=execution
+  )
+  convert.save(tmp_path / "ours", changed, params)
+  _, fields = checkpoint.load_params(tmp_path / "ours")
+  assert not {"dtype", "execution", "decoder_execution"} & set(fields)
+  assert convert.load_pretrained(tmp_path / "ours")[0] == model

@@ -1,4 +1,5 @@
 import itertools
+import os
 
 import jax
 import numpy as np
@@ -361,3 +362,13 @@ def test_cifar10_resumes_and_divides(shared):
     for i in range(2)
   ]
   assert_same(concatenate(parts), whole[:3])
+
+
+def test_images_are_read_in_a_thread_pool_of_their_own(monkeypatch):
+  found = []
+  monkeypatch.setattr(pipeline, "Batches", lambda x, *_, **__: found.append(x))
+  source = sources.open_source("made", "test", image_size=(8, 8), channels=3)
+  pipeline.eval_batches(source, batch_size=4, image_size=(8, 8), channels=3)
+  threading = found[0].options().threading
+  assert threading.private_threadpool_size == os.cpu_count()
+  assert threading.max_intra_op_parallelism == 1
