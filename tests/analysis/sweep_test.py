@@ -35,6 +35,8 @@ def start(tmp_path_factory):
   }
 
   def start(*flags):
+    # A shell's background job ignores Ctrl-C, and would hand that down.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(
       [sys.executable, "-m", "umae_jax.analysis.sweep", *map(str, flags)],
       env=os.environ | variables,
