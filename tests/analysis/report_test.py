@@ -20,6 +20,8 @@ from umae_jax.data import sources
 from umae_jax.models import masking
 from umae_jax.tasks import inputs, pretrain
 
+pytestmark = pytest.mark.slow  # Real runs, one after the other.
+
 REPOSITORY = pathlib.Path(__file__).parents[2]
 SMOKE = [
   "--config=configs/digits.py:smoke",

@@ -17,6 +17,8 @@ import pytest
 from umae_jax import UserError, workdir
 from umae_jax.analysis import sweep
 
+pytestmark = pytest.mark.slow  # Real runs, one after the other.
+
 REPOSITORY = pathlib.Path(__file__).parents[2]
 SMALL = [
   "--config=configs/digits.py:smoke",
