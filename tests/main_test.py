@@ -214,6 +214,7 @@ def start_two(start, *flags):
   ]
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(reference, start, tmp_path):
   processes = start_two(start, *SMALL, f"--workdir={tmp_path}")
   outputs = [process.communicate(timeout=300) for process in processes]

@@ -119,7 +119,14 @@ def open_source(config, *, training: bool) -> Source:
 
 
 def check_sources(config, train: Source, *others: Source) -> None:
-  """Refuses what gives no such batches, or does not fit into memory."""
+  """Refuses what gives no such batches, no classes, or is too large."""
+  classes = len(train.class_names)
+  if classes < 2 and config.task in ("linear_probe", "finetune"):
+    raise UserError(
+      f"config.task={config.task!r} needs two classes or more; config.data has "
+      f"{classes}. Sort the images into a folder for each class, or use "
+      "config.task='features'."
+    )
   for source in (train, *others):
     source.check(config.batch_size, jax.process_count())
   if config.data.feed == "memory":

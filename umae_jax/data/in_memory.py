@@ -228,5 +228,6 @@ def eval_batches(
     yield {
       "image": images,
       "label": np.where(index < 0, 0, pixels.labels[row]),
+      "index": index.astype(np.int32),
       "mask": pixels.readable[row] & (index >= 0),
     }
