@@ -39,6 +39,7 @@ class Run(NamedTuple):
   mesh: Mesh
   directory: pathlib.Path
   train_source: Source
+  eval_source: Source
   task: Task
 
 
@@ -81,7 +82,8 @@ def prepare(
     allow_change=allow_config_change,
   )
   sharding.synchronize("prepared")  # Before the first one writes.
-  return Run(config, identity, plan, mesh, path, train_source, task)
+  sources = (train_source, eval_source)
+  return Run(config, identity, plan, mesh, path, *sources, task)
 
 
 def with_recorded_attention(config, mesh, path) -> ml_collections.ConfigDict:
