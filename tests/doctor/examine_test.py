@@ -74,6 +74,10 @@ def test_other_tasks(load_config, examine):
   _, found, _ = examine(config)
   assert found["encoder"].startswith("17 tokens") and "decoder" not in found
   assert "lambda" not in found and "parameters, head" in found
+  # Three passes over 16 patches and the class token, by hand.
+  block = 12 * 17 * 64**2 + 2 * 17**2 * 64
+  flop = 3 * 2 * (16 * 4 * 64 + 4 * block)
+  assert found["FLOP per image"] == f"{flop / 1e9:.4g} G"
   config = load_config("digits", "linear_probe")
   config.pretrained = "/no/such.pth"
   would_start, found, notes = examine(config)
