@@ -4,6 +4,7 @@ import pathlib
 
 import setuptools
 
+DOCS = ["furo>=2025.9", "myst-parser>=5", "sphinx>=9"]
 TENSORFLOW_CPU = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 
 setuptools.setup(
@@ -42,6 +43,7 @@ setuptools.setup(
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
     "torch": ["torch>=2.10", "safetensors", "timm", "transformers"],
-    "test": ["hypothesis", "pytest>=8", "pytest-xdist", "ruff==0.17.6"],
+    "docs": DOCS,
+    "test": ["hypothesis", "pytest>=8", "pytest-xdist", "ruff==0.17.6", *DOCS],
   },
 )
