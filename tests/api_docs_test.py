@@ -97,6 +97,7 @@ def test_names_between_backticks_are_links(copy):
   losses, mae = page(copy[0], "losses"), page(copy[0], "models.mae")
   assert '<a class="reference internal" href="#umae_jax.losses.second' in losses
   assert "_unit_rows" not in losses
+  assert "Return type" not in losses  # "(), in [0, 1]: 1 = ..." is none.
   assert '"umae_jax.models.mae.MaskedAutoencoder.__call__"' in mae
   assert "Alias for field" not in mae and "Sentinel" not in mae
   assert "models.mae.html#umae_jax.models.mae.MaskedAutoencoder" in page(
