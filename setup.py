@@ -39,9 +39,18 @@ setuptools.setup(
     "tqdm>=4.66",
   ],
   extras_require={
+    "gcs": ["etils[epath]>=1.10", "gcsfs>=2025.2"],
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
     "torch": ["torch>=2.10", "safetensors", "timm", "transformers"],
-    "test": ["hypothesis", "pytest>=8", "pytest-xdist", "ruff==0.17.6"],
+    "test": [
+      "etils[epath]>=1.10",
+      "gcp-storage-emulator",
+      "gcsfs>=2025.2",
+      "hypothesis",
+      "pytest>=8",
+      "pytest-xdist",
+      "ruff==0.17.6",
+    ],
   },
 )

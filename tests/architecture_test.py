@@ -44,7 +44,9 @@ LEVELS = {
   "validation": 0.5,
   "metrics": 0,
   "checkpoint": 0.5,
+  "checkpoint_files": 0,
   "host_memory": 0,
+  "storage": -1,  # Paths, that all others take.
   "integrity": 0,
   "workdir": 0,
   "data": 0,
@@ -137,6 +139,7 @@ def test_nothing_is_called_after_nothing():
 TESTED_BY = {
   "analysis.findings": "analysis.report",
   "analysis.runs": "analysis.report",
+  "checkpoint_files": "checkpoint",
   "command_line": "main",
   "benchmark.__main__": "benchmark.command_line",
   "convert.__main__": "convert.command_line",

@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import tensorboardX
 import tqdm
 
-from umae_jax import UserError
+from umae_jax import UserError, storage
 
 # What the progress bar shows, if logged: key of the log, short name, format.
 _SHOWN = (
@@ -55,13 +56,20 @@ class MetricsLog:
     self._active = active
     if not active:
       return
-    workdir = pathlib.Path(workdir)
+    workdir = storage.path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "metrics.jsonl"
     _keep_until(path, resume_step)
-    self._file = path.open("a", encoding="utf-8")
+    events = self._events = workdir / "tensorboard"
+    self._remote = storage.is_bucket(workdir)
+    if self._remote:
+      self._file = storage.Appended(path)
+      self._temporary = tempfile.TemporaryDirectory()
+      events = self._temporary.name
+    else:
+      self._file = path.open("a", encoding="utf-8")
     self._tensorboard = tensorboardX.SummaryWriter(
-      str(workdir / "tensorboard"),
+      str(events),
       purge_step=(resume_step or 0) + 1,
     )
 
@@ -91,11 +99,23 @@ class MetricsLog:
     if self._active:
       self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
+  def commit(self) -> None:
+    """Brings all to a bucket; a local log is complete already."""
+    if self._active and self._remote:
+      self._file.upload()
+      self._tensorboard.flush()
+      for file in pathlib.Path(self._temporary.name).iterdir():
+        (self._events / file.name).write_bytes(file.read_bytes())
+
   def close(self) -> None:
     """Writes out what TensorBoard buffers; the log is complete already."""
-    if self._active:
-      self._file.close()
-      self._tensorboard.close()
+    if not self._active:
+      return
+    self.commit()
+    self._file.close()
+    self._tensorboard.close()
+    if self._remote:
+      self._temporary.cleanup()
 
 
 def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -103,7 +123,7 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
 
   A last line that was cut in two by a kill is left out.
   """
-  records = [record for _, record in _complete_lines(pathlib.Path(path))]
+  records = [record for _, record in _complete_lines(storage.path(path))]
   return [
     {
       name: float(x) if isinstance(x, str) and name != "split" else x
@@ -140,9 +160,8 @@ def _keep_until(path: pathlib.Path, step: int | None) -> None:
     path.replace(next(name for name in names if not name.exists()))
     return
   kept = [x for x, record in _complete_lines(path) if record["step"] <= step]
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text("".join(kept), encoding="utf-8")
-  temporary.replace(path)
+  text = "".join(kept)
+  storage.write_file(path, lambda file: file.write(text.encode()))
 
 
 class Progress:

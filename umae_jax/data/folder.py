@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 
-from umae_jax import UserError
+from umae_jax import UserError, storage
 from umae_jax.data import class_lists
 from umae_jax.data.decode import SUFFIXES
 from umae_jax.data.table import TableSource
@@ -37,7 +37,8 @@ def open_folder(
     UserError: no such folder or split, no class folders, a class without an
       image, or classes that differ between train/ and val/.
   """
-  root = pathlib.Path(directory)
+  root = storage.path(directory, "config.data.directory=")
+  storage.check(root, "config.data.directory=", storage.READ)
   if not directory or not root.is_dir():
     raise UserError(
       f"config.data.directory={directory!r} is not a folder. Give the one that "
@@ -113,9 +114,8 @@ def _choose(images: Iterable[str], part: str, num_held_out: int) -> list[str]:
 
 def _folders(folder: pathlib.Path) -> list[str]:
   """Sorted names of the folders in `folder` that are not hidden."""
-  with os.scandir(folder) as entries:
-    found = [e.name for e in entries if e.is_dir() and e.name[0] != "."]
-  return sorted(found)
+  _, folders, _ = next(storage.walk(folder), (None, [], []))
+  return sorted(name for name in folders if name[0] != ".")
 
 
 def _class_names(folder: pathlib.Path) -> list[str]:
@@ -146,9 +146,9 @@ def _check_same_classes(
 def _images(folder: pathlib.Path) -> list[str]:
   """Sorted paths, relative to `folder`, of the images in it and below."""
   found = []
-  for parent, folders, files in os.walk(folder, followlinks=True):
+  for parent, folders, files in storage.walk(folder):
     folders[:] = [name for name in folders if name[0] != "."]
-    where = pathlib.Path(parent).relative_to(folder)
+    where = storage.path(parent).relative_to(folder)
     found.extend(
       str(where / name)
       for name in files
