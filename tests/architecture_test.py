@@ -12,7 +12,8 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "umae_jax"
 MAX_LINES, MAX_FUNCTION_LINES = 300, 60
 # Of code: what trains and evaluates, and each tool around it.
-MAX_TOTAL = {"analysis": 1750, "benchmark": 700, "convert": 950, "": 5500}
+MAX_TOTAL = {"analysis": 1750, "benchmark": 700, "convert": 975, "": 5500}
+MAX_TOTAL |= {"storage": 150}
 
 # Level of each module or folder: a module imports only from lower levels, and
 # from its own folder where it has one.

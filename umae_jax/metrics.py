@@ -9,7 +9,6 @@ import math
 import os
 import pathlib
 import sys
-import tempfile
 import time
 from typing import Any
 
@@ -20,6 +19,7 @@ import tqdm
 
 from umae_jax import UserError, storage
 
+_UPLOAD_SECONDS = 30.0  # Between uploads to a bucket, besides `commit`.
 # What the progress bar shows, if logged: key of the log, short name, format.
 _SHOWN = (
   ("loss", "loss", "{:.4f}"),
@@ -60,16 +60,13 @@ class MetricsLog:
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "metrics.jsonl"
     _keep_until(path, resume_step)
-    events = self._events = workdir / "tensorboard"
-    self._remote = storage.is_bucket(workdir)
-    if self._remote:
-      self._file = storage.Appended(path)
-      self._temporary = tempfile.TemporaryDirectory()
-      events = self._temporary.name
-    else:
-      self._file = path.open("a", encoding="utf-8")
+    self._folder = storage.Growing(workdir)
+    local = self._folder.local / path.name
+    if local != path and path.exists():
+      local.write_bytes(path.read_bytes())
+    self._file = local.open("a", encoding="utf-8")
     self._tensorboard = tensorboardX.SummaryWriter(
-      str(events),
+      str(local.with_name("tensorboard")),
       purge_step=(resume_step or 0) + 1,
     )
 
@@ -91,6 +88,7 @@ class MetricsLog:
     }
     self._file.write(json.dumps(line, allow_nan=False) + "\n")
     self._file.flush()
+    self._folder.upload(_UPLOAD_SECONDS)
     for name, x in values.items():
       self._tensorboard.add_scalar(f"{split}/{name}", x, step)
 
@@ -100,22 +98,16 @@ class MetricsLog:
       self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
   def commit(self) -> None:
-    """Brings all to a bucket; a local log is complete already."""
-    if self._active and self._remote:
-      self._file.upload()
-      self._tensorboard.flush()
-      for file in pathlib.Path(self._temporary.name).iterdir():
-        (self._events / file.name).write_bytes(file.read_bytes())
+    """Brings all to the bucket, if it is one; else the log is complete."""
+    if self._active:
+      self._folder.upload()
 
   def close(self) -> None:
     """Writes out what TensorBoard buffers; the log is complete already."""
-    if not self._active:
-      return
-    self.commit()
-    self._file.close()
-    self._tensorboard.close()
-    if self._remote:
-      self._temporary.cleanup()
+    if self._active:
+      self._file.close()
+      self._tensorboard.close()
+      self._folder.close()
 
 
 def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import importlib.util
 import io
 import os
 import pathlib
+import tempfile
 import time
 from typing import Any, BinaryIO
 
@@ -23,7 +24,6 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 READ = ("get", "list")
 WRITE = (*READ, "create", "delete")
-SECONDS = 30.0  # Between uploads of a log that grows; see `Appended`.
 _GCS = "gs://"
 
 
@@ -44,7 +44,7 @@ def path(name: str | os.PathLike, setting: str = "") -> pathlib.Path:
   """
   if not is_bucket(name):
     return local_path(os.fspath(name), setting, "a local path or gs://...")
-  if not os.fspath(name).removeprefix(_GCS).strip("/"):
+  if not _bucket(name):
     raise UserError(f"{setting}{name} names no bucket: gs://BUCKET/FOLDER.")
   if importlib.util.find_spec("gcsfs") is None:
     raise UserError(f"{setting}{name} needs: pip install 'umae_jax[gcs]'")
@@ -88,7 +88,7 @@ def check(path: pathlib.Path, setting: str, actions: tuple[str, ...]) -> None:
     return
   import fsspec
 
-  bucket = os.fspath(path).removeprefix(_GCS).partition("/")[0]
+  bucket = _bucket(path)
   wanted = [f"storage.objects.{x}" for x in actions]
   try:
     found = fsspec.filesystem("gs").call(
@@ -158,35 +158,39 @@ def walk(path: pathlib.Path) -> Iterator[tuple[str, list[str], list[str]]]:
     yield name, folders, [x for x in files if x]
 
 
-class Appended(io.StringIO):
-  """A text file that grows, of a bucket: it is uploaded whole.
+class Growing:
+  """A folder whose files are appended to, as those of a bucket cannot be.
 
-  By `flush` at most every SECONDS, by `upload` and `close` in any case.
-
-  Args:
-    path: of the file, which may be there already.
+  Attributes:
+    local: where to write: the folder itself or, of a bucket's, a temporary one
+      whose files `upload` copies to the bucket, whole.
   """
 
-  def __init__(self, path: pathlib.Path):
-    super().__init__()
-    self._path, self._last = path, time.monotonic()
-    self.write(path.read_text() if path.exists() else "")
+  def __init__(self, folder: pathlib.Path):
+    self.local, self._folder, self._last = folder, folder, time.monotonic()
+    if is_bucket(folder):
+      self._temporary = tempfile.TemporaryDirectory()
+      self.local = pathlib.Path(self._temporary.name)
 
-  def flush(self) -> None:
-    """Uploads it, unless this has just been done."""
-    if time.monotonic() - self._last >= SECONDS:
-      self.upload()
-
-  def upload(self) -> None:
-    """Uploads it."""
-    _upload(self._path, self.getvalue().encode())
+  def upload(self, pause: float = 0.0) -> None:
+    """Uploads, unless this was done less than `pause` seconds ago."""
+    if self.local is self._folder or time.monotonic() - self._last < pause:
+      return
+    for file in self.local.rglob("*"):
+      if file.is_file():
+        target = self._folder / file.relative_to(self.local)
+        _upload(target, file.read_bytes())
     self._last = time.monotonic()
 
   def close(self) -> None:
-    """Uploads it, for the last time."""
-    if not self.closed:
-      self.upload()
-    super().close()
+    """Uploads, for the last time."""
+    self.upload()
+    if self.local is not self._folder:
+      self._temporary.cleanup()
+
+
+def _bucket(path):
+  return os.fspath(path).removeprefix(_GCS).partition("/")[0]
 
 
 def _upload(path, data):
