@@ -194,12 +194,16 @@ def test_killed_and_resumed_in_a_bucket_is_bit_for_bit_uninterrupted(
   assert code == 0, errors
   assert "resuming after step 21" in output
   assert log_of(run) == log_of(tmp_path / "local")
-  step, state = last_state(run)
+  # Read from a copy, for the emulator leaves out what TensorStore asks for.
+  copy = tmp_path / "copy"
+  fsspec.filesystem("gs").get(str(run), str(copy), recursive=True)
+  step, state = last_state(copy)
   other_step, other_state = last_state(tmp_path / "local")
   assert step == other_step == 42
   jax.tree.map(np.testing.assert_array_equal, state, other_state)
   # The log of the start that had no checkpoint is kept.
-  assert len(metrics.read_log(run / "metrics.1.jsonl")) == 7
+  kept = metrics.read_log(run / "metrics.1.jsonl")
+  assert [x["step"] for x in kept][:7] == list(range(1, 8))
   here = {x.name for x in run.iterdir()}
   there = {x.name for x in (tmp_path / "local").iterdir()}
   assert here - {"metrics.1.jsonl"} == there - {".lock"}
@@ -212,12 +216,11 @@ def test_killed_and_resumed_in_a_bucket_is_bit_for_bit_uninterrupted(
   assert json.loads((run / "summary.json").read_text())["step"] == 42
   assert all(x.stat().length > 0 for x in (run / "tensorboard").iterdir())
 
-  before = {x: server.storage.objects[bucket.name][x] for x in names}
+  before = {x: server.storage.get_file(bucket.name, x) for x in names}
   code, output, errors = finish(start(*flags))
   assert code == 0 and "is finished" in output, errors
-  after = server.storage.objects[bucket.name]
-  changed = [x for x in names if before[x] != after[x]]
-  assert changed == ["run/summary.json"]
+  for name, data in before.items():
+    assert server.storage.get_file(bucket.name, name) == data, name
 
   # The weights of a run in a bucket, and a result that goes there.
   features = [*RUN, "--config.task=features", f"--config.pretrained={run}"]
