@@ -13,7 +13,7 @@ PACKAGE = REPOSITORY / "umae_jax"
 MAX_LINES, MAX_FUNCTION_LINES = 300, 60
 # Of code: what trains and evaluates, and each tool around it.
 MAX_TOTAL = {"analysis": 1775, "benchmark": 700, "convert": 975}
-MAX_TOTAL |= {"doctor": 300, "storage": 150, "": 5500}
+MAX_TOTAL |= {"doctor": 300, "storage": 150, "": 5600}
 
 # Level of each module or folder: a module imports only from lower levels, and
 # from its own folder where it has one.

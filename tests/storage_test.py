@@ -98,12 +98,32 @@ class Server(http.server.HTTPServer):
     return sorted(self.storage.objects.get(bucket, ()))
 
 
+def read_data(handler, query, original=emulator._read_data):
+  """The emulator's takes uploads for e-mails, and their bytes for lines."""
+  kind = handler.headers.get("Content-Type", "")
+  if not kind.startswith("multipart/related"):
+    return original(handler, query)
+  raw = emulator._read_raw_data(handler)
+  boundary = re.search(r'boundary="?([^";]+)', kind)[1].encode()
+  parts = [
+    part.removesuffix(b"\r\n").split(b"\r\n\r\n", 1)
+    for part in raw.split(b"--" + boundary)[1:3]
+  ]
+  found = re.search(rb"content-type: *([^\r]+)", parts[1][0], re.IGNORECASE)
+  return {
+    "meta": json.loads(parts[0][1]),
+    "content": parts[1][1],
+    "content-type": found[1].decode() if found else "application/octet-stream",
+  }
+
+
 @pytest.fixture(scope="module")
 def server():
   for name in ("gcp_storage_emulator", "gcsfs"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
   with Server() as server, pytest.MonkeyPatch.context() as patch:
     address = f"http://localhost:{server.server_port}"
+    patch.setattr(emulator, "_read_data", read_data)
     patch.setenv("STORAGE_EMULATOR_HOST", address)
     patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
     patch.setenv("NO_GCE_CHECK", "true")
@@ -483,3 +503,11 @@ def test_tensorflow_is_not_loaded_for_a_bucket(bucket):
     check=True,
   )
   assert done.stdout == "there\n"
+
+
+@pytest.mark.parametrize("end", [b"", b"\r", b"\n", b"\r\n", b"\r\r", b"--"])
+def test_every_byte_arrives(bucket, end):
+  """Of the server above as well: the emulator alone loses ends of lines."""
+  data = np.random.default_rng(0).bytes(4096) + bytes(range(256)) * 2 + end
+  storage.write_file(bucket / "file", lambda file: file.write(data))
+  assert (bucket / "file").read_bytes() == data
