@@ -69,12 +69,12 @@ python3 -m uv venv --quiet --allow-existing --python 3.12 .venv &&
 python3 -m uv pip install --quiet --python .venv -e ".[tpu]"'
 }
 
-start() { # The run lives on without its ssh, and leaves its exit code.
+start() { # The run outlives its ssh, holds none of its pipes, and leaves a code.
   ssh_to all "cd umae && kill -0 \$(cat pid 2> /dev/null) 2> /dev/null && exit
-. .venv/bin/activate && rm -f exit_code && {
-trap \"\" HUP
+. .venv/bin/activate && rm -f exit_code || exit
+(trap \"\" HUP
 $command &
-echo \$! > pid; wait \$!; echo \$? > exit_code; } > log 2>&1 < /dev/null &"
+echo \$! > pid; wait \$!; echo \$? > exit_code) > log 2>&1 < /dev/null &"
 }
 
 follow() { ssh_to 0 "cd umae && tail -n $1 -F --pid=\$(cat pid) log"; }

@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 CLOUD = pathlib.Path(os.environ["FAKE_CLOUD"])
@@ -91,6 +92,9 @@ def scp(words, flags):
 def ssh(words, flags):
   if unreachable():
     return 255
+  told_to_stop = []
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *unused: told_to_stop.append(True))
   everywhere = flags["worker"] == "all"
   chosen = range(WORKERS) if everywhere else [int(flags["worker"])]
   lost = " log" in flags["command"] and not everywhere and fault("follow")
@@ -100,20 +104,23 @@ def ssh(words, flags):
       cwd=HOMES[index],
       env=worker_environment(index),
       stdin=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
       start_new_session=True,
     )
     for index in chosen
   ]
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
-  with contextlib.suppress(KeyboardInterrupt):
-    while any(process.poll() is None for process in running):
-      time.sleep(0.02)
-      if not everywhere:
-        end_slice_if_due()
-      if lost or not active():
-        break
-    else:
-      return max(process.returncode for process in running)
+  # Like ssh, which ends when nobody has the other end of its pipes any more.
+  pipes = [threading.Thread(target=show, args=(x.stderr,)) for x in running]
+  for pipe in pipes:
+    pipe.start()
+  while any(pipe.is_alive() for pipe in pipes):
+    time.sleep(0.02)
+    if not everywhere:
+      end_slice_if_due()
+    if lost or told_to_stop or not active():
+      break
+  else:
+    return max(process.wait() for process in running)
   for process in running:
     with contextlib.suppress(ProcessLookupError):
       os.killpg(process.pid, signal.SIGKILL)
@@ -128,6 +135,12 @@ VERBS = {
   ("tpu-vm", "scp"): scp,
   ("tpu-vm", "ssh"): ssh,
 }
+
+
+def show(pipe):
+  for line in pipe:
+    sys.stderr.buffer.write(line)
+    sys.stderr.buffer.flush()
 
 
 def worker_environment(index):

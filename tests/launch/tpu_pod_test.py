@@ -1,5 +1,6 @@
 """tpu_pod.sh against a fake gcloud that refuses, preempts and loses ssh."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -41,6 +42,7 @@ class Cloud:
 
   def __init__(self, folder, **faults):
     self.folder = folder
+    self.started = []
     self.environment = os.environ | {
       "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
       "FAKE_CLOUD": str(folder),
@@ -69,19 +71,22 @@ class Cloud:
       (self.folder / f"ends{index}").write_text(text)
 
   def start(self, *flags, **variables):
-    return subprocess.Popen(
-      ["bash", "launch/tpu_pod.sh", *(flags or FLAGS)],
-      cwd=REPOSITORY,
-      env=self.environment | variables,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
+    self.started.append(
+      subprocess.Popen(
+        ["bash", "launch/tpu_pod.sh", *(flags or FLAGS)],
+        cwd=REPOSITORY,
+        env=self.environment | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
     )
+    return self.started[-1]
 
   def finish(self, *flags, **variables):
     """(exit code, log of the run, what the launcher said)."""
     process = self.start(*flags, **variables)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=60)
     return process.returncode, output, errors
 
   def verbs(self):
@@ -99,8 +104,28 @@ class Cloud:
 
 
 @pytest.fixture
-def cloud(tmp_path):
-  return Cloud(tmp_path)
+def make_cloud(tmp_path):
+  """Makes a Cloud with faults; nothing that ran on it outlives the test."""
+  made = []
+
+  def make(**faults):
+    made.append(Cloud(tmp_path, **faults))
+    return made[0]
+
+  yield make
+  for process in made[0].started:
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    process.stderr.close()
+  for file in tmp_path.glob("worker?/umae/pid"):
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(int(file.read_text()), signal.SIGKILL)
+
+
+@pytest.fixture
+def cloud(make_cloud):
+  return make_cloud()
 
 
 def test_a_run_is_created_installed_followed_and_deleted(cloud):
@@ -136,8 +161,8 @@ def test_a_preempted_run_is_resumed_on_another_slice(cloud):
   cloud.assert_nothing_left()
 
 
-def test_a_slice_preempted_before_the_run_is_replaced(tmp_path):
-  cloud = Cloud(tmp_path, install=1)
+def test_a_slice_preempted_before_the_run_is_replaced(make_cloud):
+  cloud = make_cloud(install=1)
   cloud.ends(0)
   code, _, errors = cloud.finish()
   assert code == 0, errors
@@ -158,8 +183,8 @@ def test_exit_75_is_resumed_and_preemptions_are_counted(cloud):
 
 
 @pytest.mark.parametrize("refusals, code", [(2, 0), (3, 1)])
-def test_a_refusal_for_quota_is_told_and_tried_again(tmp_path, refusals, code):
-  cloud = Cloud(tmp_path, quota=refusals)
+def test_a_refusal_for_quota_is_told_and_tried_again(make_cloud, refusals, code):
+  cloud = make_cloud(quota=refusals)
   cloud.ends(0)
   found, _, errors = cloud.finish()
   assert found == code, errors
@@ -169,8 +194,8 @@ def test_a_refusal_for_quota_is_told_and_tried_again(tmp_path, refusals, code):
   cloud.assert_nothing_left()
 
 
-def test_another_refusal_ends_at_once(tmp_path):
-  cloud = Cloud(tmp_path, refused=1)
+def test_another_refusal_ends_at_once(make_cloud):
+  cloud = make_cloud(refused=1)
   code, _, errors = cloud.finish()
   assert code == 1
   assert "PERMISSION_DENIED" in errors
@@ -189,8 +214,8 @@ def test_a_failed_slice_is_deleted_and_asked_for_again(cloud):
 
 
 @pytest.mark.parametrize("failures, code", [(2, 0), (100, 1)])
-def test_ssh_is_tried_again_with_a_limit(tmp_path, failures, code):
-  cloud = Cloud(tmp_path, ssh=failures)
+def test_ssh_is_tried_again_with_a_limit(make_cloud, failures, code):
+  cloud = make_cloud(ssh=failures)
   cloud.ends(0)
   found, _, errors = cloud.finish()
   assert found == code, errors
@@ -206,7 +231,7 @@ def wait_for(process, condition):
   while not condition():
     if process.poll() is not None or time.monotonic() > end:
       process.terminate()
-      raise AssertionError(process.communicate(timeout=60)[1])
+      raise AssertionError(process.communicate(timeout=30)[1])
     time.sleep(0.02)
 
 
@@ -217,8 +242,8 @@ def wait_for_runs(process, cloud):
   wait_for(process, lambda: runs.exists() and len(cloud.runs()) == 2)
 
 
-def test_a_lost_connection_does_not_disturb_the_run(tmp_path):
-  cloud = Cloud(tmp_path, follow=2)
+def test_a_lost_connection_does_not_disturb_the_run(make_cloud):
+  cloud = make_cloud(follow=2)
   cloud.ends("slow")
   code, output, errors = cloud.finish()
   assert code == 0, errors
@@ -229,8 +254,8 @@ def test_a_lost_connection_does_not_disturb_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("failures, code", [(2, 0), (3, 1)])
-def test_an_api_out_of_reach_is_no_missing_slice(tmp_path, failures, code):
-  cloud = Cloud(tmp_path, describe=failures)
+def test_an_api_out_of_reach_is_no_missing_slice(make_cloud, failures, code):
+  cloud = make_cloud(describe=failures)
   cloud.ends(0)
   found, _, errors = cloud.finish()
   assert found == code, errors
@@ -258,7 +283,7 @@ def test_a_signal_saves_and_deletes(cloud, number, code):
   process = cloud.start()
   wait_for_runs(process, cloud)
   process.send_signal(number)
-  _, errors = process.communicate(timeout=60)
+  _, errors = process.communicate(timeout=30)
   assert process.returncode == code, errors
   assert (cloud.folder / "saved").read_text() == "saved\nsaved\n"
   assert "saving..." in errors
@@ -271,21 +296,21 @@ def test_kept_slices_are_found_again(cloud):
   process = cloud.start(KEEP="1")
   wait_for_runs(process, cloud)
   process.terminate()
-  process.communicate(timeout=60)
+  process.communicate(timeout=30)
   assert (cloud.folder / "slice").read_text() == "ACTIVE"
   assert not (cloud.folder / "saved").exists()
   again = cloud.start()
   calls = cloud.folder / "calls"
   wait_for(again, lambda: calls.read_text().count("tail -n +1") == 2)
   again.terminate()
-  again.communicate(timeout=60)
+  again.communicate(timeout=30)
   assert cloud.verbs().count("create") == cloud.verbs().count("scp") == 1
   assert len(cloud.runs()) == 2
   cloud.assert_nothing_left()
 
 
-def test_a_slice_that_cannot_be_deleted_is_told(tmp_path):
-  cloud = Cloud(tmp_path, delete=100)
+def test_a_slice_that_cannot_be_deleted_is_told(make_cloud):
+  cloud = make_cloud(delete=100)
   cloud.ends(0)
   code, _, errors = cloud.finish()
   assert code == 0
