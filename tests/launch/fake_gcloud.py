@@ -3,7 +3,8 @@
 
   calls     a line per call: its words, as JSON
   faults    {name: times}: of quota, refused, ssh, follow (ssh of the log),
-            describe, delete and install (the slice vanishes)
+            outcome (that of the exit code), describe, delete, and install
+            (the slice vanishes)
   slice     the state of the one slice there is, while it exists
   vanish    "N TEXT": once, N times TEXT in worker 0's log end the slice
   worker0/  the home of a worker, where commands given to ssh really run
@@ -90,7 +91,8 @@ def scp(words, flags):
 
 
 def ssh(words, flags):
-  if unreachable():
+  asks = "echo running" in flags["command"]
+  if unreachable() or (asks and fault("outcome")):
     return 255
   told_to_stop = []
   for number in (signal.SIGINT, signal.SIGTERM):

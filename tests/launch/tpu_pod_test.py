@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -183,7 +184,7 @@ def test_exit_75_is_resumed_and_preemptions_are_counted(cloud):
 
 
 @pytest.mark.parametrize("refusals, code", [(2, 0), (3, 1)])
-def test_a_refusal_for_quota_is_told_and_tried_again(make_cloud, refusals, code):
+def test_quota_refusals_are_told_and_tried_again(make_cloud, refusals, code):
   cloud = make_cloud(quota=refusals)
   cloud.ends(0)
   found, _, errors = cloud.finish()
@@ -238,7 +239,9 @@ def wait_for(process, condition):
 def wait_for_runs(process, cloud):
   """Until both workers run and the log is followed."""
   calls, runs = (cloud.folder / name for name in ("calls", "runs"))
-  wait_for(process, lambda: calls.exists() and "tail -n +1" in calls.read_text())
+  wait_for(
+    process, lambda: calls.exists() and "tail -n +1" in calls.read_text()
+  )
   wait_for(process, lambda: runs.exists() and len(cloud.runs()) == 2)
 
 
@@ -250,6 +253,15 @@ def test_a_lost_connection_does_not_disturb_the_run(make_cloud):
   assert errors.count("the log was interrupted; looking again") == 2
   assert len(cloud.runs()) == 2
   assert "log of" in output
+  cloud.assert_nothing_left()
+
+
+def test_a_connection_lost_for_good_ends_with_words(make_cloud):
+  cloud = make_cloud(outcome=100, follow=100)
+  cloud.ends("stay")
+  code, _, errors = cloud.finish()
+  assert code == 1
+  assert "worker 0 cannot be reached by ssh" in errors
   cloud.assert_nothing_left()
 
 
@@ -290,8 +302,9 @@ def test_a_signal_saves_and_deletes(cloud, number, code):
   cloud.assert_nothing_left()
 
 
-def test_kept_slices_are_found_again(cloud):
-  """KEEP=1 leaves the run; the same command goes on with it."""
+@pytest.mark.parametrize("failures", [0, 1])
+def test_kept_slices_are_found_again(cloud, failures):
+  """KEEP=1 leaves the run; the same command goes on with it, once."""
   cloud.ends("stay")
   process = cloud.start(KEEP="1")
   wait_for_runs(process, cloud)
@@ -299,12 +312,14 @@ def test_kept_slices_are_found_again(cloud):
   process.communicate(timeout=30)
   assert (cloud.folder / "slice").read_text() == "ACTIVE"
   assert not (cloud.folder / "saved").exists()
+  (cloud.folder / "faults").write_text(json.dumps({"outcome": failures}))
   again = cloud.start()
   calls = cloud.folder / "calls"
   wait_for(again, lambda: calls.read_text().count("tail -n +1") == 2)
   again.terminate()
   again.communicate(timeout=30)
-  assert cloud.verbs().count("create") == cloud.verbs().count("scp") == 1
+  assert cloud.verbs().count("create") == 1
+  assert cloud.verbs().count("scp") == 1 + failures
   assert len(cloud.runs()) == 2
   cloud.assert_nothing_left()
 
@@ -336,3 +351,54 @@ def test_wrong_settings_are_told_before_anything(
   assert code == 2
   assert message in errors
   assert not (cloud.folder / "calls").exists()
+
+
+REAL = [
+  "--config=configs/digits.py:smoke",
+  "--config.model.depth=1",
+  "--config.model.decoder_depth=1",
+  "--config.num_epochs=3",
+  "--config.evaluation.every_epochs=1",
+  "--config.checkpoint.every_steps=7",
+  "--config.log.every_steps=1",
+]
+
+
+def read_log(workdir):
+  """The log without what a clock measures."""
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [
+    {key: x for key, x in json.loads(line).items() if key[:5] != "time/"}
+    for line in lines
+  ]
+
+
+@pytest.mark.slow
+def test_training_goes_through_a_preemption_to_the_same_end(cloud, tmp_path):
+  """Real runs on both workers; the slice ends after the first evaluation."""
+  program = f'#!/bin/sh\nexec "{sys.executable}" "$@"\n'
+  (cloud.folder / "run").write_text(program)
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    coordinator = f"localhost:{probe.getsockname()[1]}"
+  settings = {
+    "FAKE_COORDINATOR": coordinator,
+    "POLL": "0.5",
+    "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+  outputs = {}
+  for name in ("whole", "preempted"):
+    if name == "preempted":
+      (cloud.folder / "vanish").write_text("1 evaluation at step")
+    process = cloud.start(*REAL, f"--workdir={tmp_path / name}", **settings)
+    outputs[name], errors = process.communicate(timeout=500)
+    assert process.returncode == 0, errors
+    cloud.assert_nothing_left()
+  assert "starting afresh" in outputs["whole"]
+  assert "preempted (GONE); asking for another slice" in errors
+  assert "resuming after step" in outputs["preempted"]
+  assert cloud.verbs().count("create") == 3
+  whole, preempted = (read_log(tmp_path / x) for x in ("whole", "preempted"))
+  assert whole == preempted
+  assert whole[-1]["step"] == 63
