@@ -66,7 +66,7 @@ install() { # What is committed; the VMs' own Python is too old.
   ssh_to all 'mkdir -p umae && tar -xzf umae.tar.gz -C umae && cd umae &&
 python3 -m pip install --quiet --user uv &&
 python3 -m uv venv --quiet --allow-existing --python 3.12 .venv &&
-python3 -m uv pip install --quiet --python .venv -e ".[tpu]"'
+python3 -m uv pip install --quiet --python .venv -e ".[tpu,gcs]"'
 }
 
 start() { # The run outlives its ssh, holds none of its pipes, and leaves a code.

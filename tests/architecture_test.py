@@ -12,14 +12,17 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "umae_jax"
 MAX_LINES, MAX_FUNCTION_LINES = 300, 60
 # Of code: what trains and evaluates, and each tool around it.
-MAX_TOTAL = {"analysis": 1750, "benchmark": 700, "convert": 950, "": 5500}
+MAX_TOTAL = {"analysis": 1775, "benchmark": 700, "convert": 975}
+MAX_TOTAL |= {"doctor": 300, "storage": 150, "": 5500}
 
 # Level of each module or folder: a module imports only from lower levels, and
 # from its own folder where it has one.
 LEVELS = {
   "analysis.report": 5.5,
-  "main": 5,
+  "main": 5.5,
+  "doctor": 5,
   "benchmark": 5,
+  "benchmark.flops": 0,
   "loop": 4,
   "run": 3.5,
   "analysis.findings": 3.5,
@@ -44,7 +47,9 @@ LEVELS = {
   "validation": 0.5,
   "metrics": 0,
   "checkpoint": 0.5,
+  "checkpoint_files": 0,
   "host_memory": 0,
+  "storage": -1,  # Paths, that all others take.
   "integrity": 0,
   "workdir": 0,
   "data": 0,
@@ -137,10 +142,12 @@ def test_nothing_is_called_after_nothing():
 TESTED_BY = {
   "analysis.findings": "analysis.report",
   "analysis.runs": "analysis.report",
+  "checkpoint_files": "checkpoint",
   "command_line": "main",
   "benchmark.__main__": "benchmark.command_line",
   "convert.__main__": "convert.command_line",
   "convert.shapes": "convert.sources",
+  "doctor.doubts": "doctor.examine",
   "data.arrays": "data.sources",
   "data.class_lists": "data.sources",
   "data.folder": "data.sources",

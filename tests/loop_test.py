@@ -278,7 +278,15 @@ def test_slow_steps_are_few_at_once_and_their_calls_not_ahead(
   assert {now - call for call, now in waits if now < 32} == {2}
 
 
-@pytest.mark.parametrize("name", ["cifar10", "imagenet100", "imagenet1k"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "cifar10",
+    "folder",
+    pytest.param("imagenet100", marks=pytest.mark.slow),  # As the next one.
+    "imagenet1k",
+  ],
+)
 def test_every_smoke_variant_runs(name, load_config, tmp_path, capsys):
   run = run_lib.prepare(load_config(name, "smoke"), str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()

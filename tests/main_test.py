@@ -214,6 +214,7 @@ def start_two(start, *flags):
   ]
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(reference, start, tmp_path):
   processes = start_two(start, *SMALL, f"--workdir={tmp_path}")
   outputs = [process.communicate(timeout=300) for process in processes]
@@ -461,3 +462,17 @@ def test_help_is_useful(finish):
   assert code in (0, 1)
   for word in ("--config", "--workdir", "resumes", "75"):
     assert word in output
+
+
+def test_the_doctor_trains_nothing_and_needs_no_workdir(finish, tmp_path):
+  code, output, errors = finish(*SMALL, "--doctor", devices=2)
+  assert code == 0, errors
+  assert "It would start." in output and "memory: gradients" in output
+  workdir = tmp_path / "run"
+  code, output, errors = finish(
+    *(*SMALL, "--doctor", "--config.data.eval_split=none"),
+    f"--workdir={workdir}",
+  )
+  assert code == 2, errors
+  assert "It would not start: " in output and "split='none'" in output
+  assert not workdir.exists()

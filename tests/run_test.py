@@ -1,5 +1,6 @@
 """What is checked before a run starts."""
 
+from PIL import Image
 import pytest
 
 from umae_jax import UserError, run, workdir
@@ -40,6 +41,21 @@ def test_a_folder_without_images_is_refused(load_config, tmp_path):
   with pytest.raises(UserError, match=r"config\.data\.directory"):
     run.prepare(c, str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("task", ["linear_probe", "finetune"])
+def test_images_without_classes_are_not_classified(load_config, tmp_path, task):
+  images = tmp_path / "images"
+  images.mkdir()
+  for number in range(4):
+    image = Image.new("L", (8, 8), number)
+    image.save(images / f"{number}.png")
+  c = load_config("digits", "smoke")
+  c.data.update(name="folder", directory=str(images), eval_split="all")
+  c.data.update(train_split="all", feed="host")
+  c.update(task=task, batch_size=8, pretrained="some")
+  with pytest.raises(UserError, match=f"task='{task}' needs two classes"):
+    run.prepare(c, str(tmp_path / "run"))
 
 
 def test_a_resumed_run_keeps_the_attention_that_it_has_measured(

@@ -3,28 +3,30 @@ r"""Trains one run of umae_jax; the same command again resumes it.
   python -m umae_jax.main --config=configs/digits.py --workdir=runs/digits
   python -m umae_jax.main --config=configs/imagenet1k.py:vit_l16 \
       --workdir=runs/large --config.loss.uniformity_weight=0
+  python -m umae_jax.main --config=configs/digits.py --doctor
 
 Exit codes: 0 finished, 1 stopped with an error, 2 wrong usage, configuration
 or data, 75 asked to stop (SIGTERM) and saved: run the same command again.
 """
 
-import functools
 import os
 import pathlib
+import re
 import zlib
 
 from absl import app, flags, logging
 import jax
 
 from umae_jax import UserError, command_line, host_memory
-from umae_jax.command_line import EXIT_ERROR, EXIT_PREEMPTED, fail
+from umae_jax.command_line import EXIT_ERROR, EXIT_PREEMPTED, EXIT_USAGE, fail
 
 MOST_COMPILED = 4 * 2**30  # Bytes of compiled programs that are kept on disk.
 
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Directory for checkpoints, logs and pictures; a run found here resumes.",
+  "Directory for checkpoints, logs and pictures, local or of a bucket "
+  "(gs://BUCKET/FOLDER); a run found here resumes.",
 )
 _MULTIHOST = flags.DEFINE_bool(
   "multihost",
@@ -40,6 +42,15 @@ _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
 )
 
 
+_DOCTOR = flags.DEFINE_bool(
+  "doctor",
+  False,
+  "Train nothing: print shapes, parameters, FLOP, memory, learning rate, "
+  "steps and time of the run, and what looks wrong. Exit code 2 if it would "
+  "not start.",
+)
+
+
 def main(argv: list[str]) -> int:
   """Prepares the process, and calls the loop."""
   del argv
@@ -47,8 +58,11 @@ def main(argv: list[str]) -> int:
   try:
     connect()
     # Imported late: a wrong flag should not wait for it.
-    from umae_jax import loop, run
+    from umae_jax import doctor, loop, run
 
+    if _DOCTOR.value:
+      would_start = doctor.examine(command_line.CONFIG.value, _WORKDIR.value)
+      return 0 if would_start else EXIT_USAGE
     prepared = run.prepare(
       command_line.CONFIG.value,
       _WORKDIR.value,
@@ -95,7 +109,12 @@ def keep_programs() -> None:
   jax.config.update("jax_compilation_cache_max_size", MOST_COMPILED)
 
 
-parse = functools.partial(command_line.parse, required=("config", "workdir"))
+def parse(argv: list[str]) -> list[str]:
+  """Parses the flags; --workdir may be missing for --doctor."""
+  examined = any(re.fullmatch("--?doctor(=[Tt]rue|=1)?", x) for x in argv)
+  required = ("config",) if examined else ("config", "workdir")
+  return command_line.parse(argv, required)
+
 
 if __name__ == "__main__":
   app.run(main, flags_parser=parse)

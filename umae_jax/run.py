@@ -8,7 +8,14 @@ import jax
 from jax.sharding import Mesh
 import ml_collections
 
-from umae_jax import UserError, metrics, sharding, validation, workdir
+from umae_jax import (
+  UserError,
+  metrics,
+  sharding,
+  storage,
+  validation,
+  workdir,
+)
 from umae_jax import config as config_lib
 from umae_jax.data import in_memory, sources
 from umae_jax.tasks import (
@@ -39,6 +46,7 @@ class Run(NamedTuple):
   mesh: Mesh
   directory: pathlib.Path
   train_source: Source
+  eval_source: Source
   task: Task
 
 
@@ -65,7 +73,7 @@ def prepare(
   check_sources(config, train_source, eval_source)
   plan = config_lib.plan(config, train_source.num_examples)
   mesh = sharding.make_mesh(config.mesh.fsdp)
-  path = workdir.local_path(directory)
+  path = storage.path(directory, "--workdir=").expanduser()
   kept = with_recorded_attention(config, mesh, path)
   task = TASKS[config.task](kept, plan, mesh, train_source, eval_source)
   identity = config_lib.flatten(config) | {
@@ -81,7 +89,8 @@ def prepare(
     allow_change=allow_config_change,
   )
   sharding.synchronize("prepared")  # Before the first one writes.
-  return Run(config, identity, plan, mesh, path, train_source, task)
+  sources = (train_source, eval_source)
+  return Run(config, identity, plan, mesh, path, *sources, task)
 
 
 def with_recorded_attention(config, mesh, path) -> ml_collections.ConfigDict:
@@ -119,7 +128,14 @@ def open_source(config, *, training: bool) -> Source:
 
 
 def check_sources(config, train: Source, *others: Source) -> None:
-  """Refuses what gives no such batches, or does not fit into memory."""
+  """Refuses what gives no such batches, no classes, or is too large."""
+  classes = len(train.class_names)
+  if classes < 2 and config.task in ("linear_probe", "finetune"):
+    raise UserError(
+      f"config.task={config.task!r} needs two classes or more; config.data has "
+      f"{classes}. Sort the images into a folder for each class, or use "
+      "config.task='features'."
+    )
   for source in (train, *others):
     source.check(config.batch_size, jax.process_count())
   if config.data.feed == "memory":

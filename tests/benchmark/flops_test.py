@@ -46,3 +46,11 @@ def test_peaks_are_of_bfloat16_and_of_known_devices():
   assert flops.known_peak("TPU v5", "bfloat16") == 459e12
   assert flops.known_peak("NVIDIA H200", "float32") is None
   assert flops.known_peak("cpu", "bfloat16") is None
+
+
+def test_encoding_a_whole_image_is_as_published():
+  """ViT-B/16 of 224 pixels: 17.6 billion multiplications and additions."""
+  got = flops.encode_flops(
+    image_size=(224, 224), channels=3, patch_size=16, width=768, depth=12
+  )
+  assert got / 2e9 == pytest.approx(17.56, abs=0.05)

@@ -210,7 +210,7 @@ def assert_close(got, expected, tolerance):
   assert len(got) == len(expected)
   for a, b in zip(got, expected):
     assert a.keys() == b.keys()
-    for key in ("label", "mask"):
+    for key in ("label", "mask", "index"):
       np.testing.assert_array_equal(a[key], b[key])
       assert a[key].dtype == b[key].dtype
     a, b = (x["image"][x["mask"]].astype(int) for x in (a, b))

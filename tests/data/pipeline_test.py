@@ -372,3 +372,12 @@ def test_images_are_read_in_a_thread_pool_of_their_own(monkeypatch):
   threading = found[0].options().threading
   assert threading.private_threadpool_size == os.cpu_count()
   assert threading.max_intra_op_parallelism == 1
+
+
+def test_padding_of_a_folder_can_be_read(open_source):
+  """TensorFlow would log a warning for each row whose file is not there."""
+  batches = concatenate([evaluate(open_source("folder"), batch_size=20)])
+  padding = np.concatenate([batch["index"] < 0 for batch in batches])
+  images = np.concatenate([batch["image"] for batch in batches])
+  assert padding.sum() == 3
+  assert images[padding].std() > 10  # What is not readable is grey.

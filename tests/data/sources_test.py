@@ -80,6 +80,33 @@ def test_folder_without_splits_is_split_by_a_hash(tmp_path, write):
   assert len(names("train", 0.0)) == 30
 
 
+def test_images_without_class_folders_are_of_one_class(tmp_path, write):
+  for part, first, count in (("train", 0, 6), ("val", 6, 4)):
+    write.folder(tmp_path / "split", {part: count}, first=first)
+  (tmp_path / "split" / "train").rename(tmp_path / "flat")
+  flat = open_source("folder", "all", directory=str(tmp_path / "flat"))
+  assert flat.class_names == ("unlabelled",) and not flat.labels.any()
+  every = {flat.name_of(i) for i in range(flat.num_examples)}
+  assert every == {str(path) for path in (tmp_path / "flat").iterdir()}
+  held_out = open_source(
+    "folder", "val", directory=str(tmp_path / "flat"), eval_fraction=0.3
+  )
+  assert held_out.num_examples == 2
+  # And with train/ and val/.
+  (tmp_path / "flat").rename(tmp_path / "split" / "train")
+  for part, count in (("train", 6), ("val", 4)):
+    source = open_source("folder", part, directory=str(tmp_path / "split"))
+    assert (source.num_examples, len(source.class_names)) == (count, 1)
+
+
+def test_images_beside_class_folders_are_counted(tmp_path, write, caplog):
+  write.folder(tmp_path, {"a": 2, "b": 2})
+  (tmp_path / "a" / "000.png").rename(tmp_path / "stray.png")
+  source = open_source("folder", "all", directory=str(tmp_path))
+  assert source.num_examples == 3
+  assert "1 images lie in" in caplog.text and "not used" in caplog.text
+
+
 def test_images_may_lie_deeper_and_hidden_ones_do_not_count(tmp_path, write):
   write.folder(tmp_path / "train" / "a", {"images": 2})
   (tmp_path / "train" / "a" / "images" / "._0.png").write_bytes(b"?")
@@ -121,7 +148,7 @@ def bad_folders(tmp_path, write):
   (tmp_path / "hole/b").mkdir()
   (tmp_path / "hole/b/readme.txt").write_text("no image")
   (tmp_path / "bare").mkdir()
-  (tmp_path / "bare/1.png").write_bytes(b"")
+  (tmp_path / "bare/1.txt").write_bytes(b"")
   write.folder(tmp_path / "good", {"a": 3, "b": 3})
   (tmp_path / "list.txt").write_text("a\nzebra\n")
   (tmp_path / "empty.txt").write_text("\n")
@@ -133,12 +160,17 @@ def bad_folders(tmp_path, write):
   [
     ("", "train", {}, r"config.data.directory='' is not a folder"),
     ("none", "train", {}, r"config.data.directory='.*none' is not a folder"),
-    ("bare", "train", {}, r"bare holds no class folders"),
+    ("bare", "train", {}, r"bare holds neither class folders nor"),
     ("hole", "train", {}, r"class folder .*hole/b holds no image.*\.jpeg"),
     ("differ", "train", {}, r"differ/val differ in 2: b, c.*classes"),
     ("differ", "val", {}, r"differ in 2: b, c"),
     ("differ", "test", {}, r"split='test' .*it has 'train', 'val'"),
-    ("good", "dev", {}, r"split='dev' is not one of 'train', 'val', 'test'"),
+    (
+      "good",
+      "dev",
+      {},
+      r"split='dev' is not one of 'train', 'val', 'test', 'a",
+    ),
     ("good", "val", {"eval_fraction": 0.05}, r"eval_fraction=0.05 leaves no"),
     ("good", "train", {"classes": "list.txt"}, r"names 1 classes.*zebra"),
     ("good", "train", {"classes": "empty.txt"}, r"names no class"),

@@ -27,10 +27,9 @@ def batches_of(num_examples, batch_size):
   for start in range(0, num_examples, batch_size):
     index = np.arange(start, start + batch_size)
     mask = index < num_examples
-    index = np.minimum(index, num_examples - 1)
-    batches.append(
-      {"image": images[index], "label": labels[index], "mask": mask, "id": "x"}
-    )
+    row = np.minimum(index, num_examples - 1)
+    batch = {"image": images[row], "label": labels[row], "index": index}
+    batches.append(batch | {"mask": mask, "id": "x"})
   return images, labels, batches
 
 
@@ -50,10 +49,11 @@ def test_all_examples_in_order_without_padding(num_devices, num_examples):
     split = NamedSharding(mesh, PartitionSpec("data"))
     return jax.make_array_from_process_local_data(split, batch)
 
-  x, y = features.extract(encode, batches, to_global)
+  x, y, index = features.extract(encode, batches, to_global)
   want = (2 * images.reshape(num_examples, -1)).astype(jnp.bfloat16)
   np.testing.assert_array_equal(x, want.astype(np.float32))
   np.testing.assert_array_equal(y, labels)
+  np.testing.assert_array_equal(index, np.arange(num_examples))
   assert x.dtype == np.float32 and y.dtype == np.int32
 
 

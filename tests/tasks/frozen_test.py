@@ -51,6 +51,8 @@ def test_features_are_those_of_the_model(config, make_task, feature):
   assert len(set(nearest.tolist())) == 50
   np.testing.assert_array_equal(found["labels"], source.labels[nearest])
   assert found["class_names"].tolist() == list(source.class_names)
+  names = [source.name_of(i) for i in nearest.tolist()]
+  assert found["names"].tolist() == names
 
 
 def test_fast_probes_report_every_figure(config, make_task):

@@ -133,6 +133,14 @@ def test_held_out_losses_are_those_of_all_images_at_once(evaluated):
   np.testing.assert_allclose(scalars["masked_effective_rank"], rank, rtol=1e-2)
 
 
+def test_one_class_has_no_accuracies():
+  features = (np.eye(8, dtype=np.float32), np.zeros(8, np.int32))
+  evaluation = digits_config().evaluation
+  values = spectrum.singular_values(features[0])
+  found = pretrain.probes(features, features, values, 1, evaluation)
+  assert set(found) == {"effective_rank", "participation_ratio"}
+
+
 def test_probes_see_whole_images(evaluated):
   """The participation ratio is that of unmasked class tokens."""
   _, state, evaluation = evaluated

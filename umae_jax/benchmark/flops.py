@@ -38,18 +38,34 @@ def train_flops(
   patches = image_size[0] * image_size[1] // patch_size**2  # L
   values = patch_size**2 * channels  # P
   visible = int(patches * (1 - mask_ratio))  # K
-
-  def block(tokens, width):  # 12 n d^2 + 2 n^2 d, for mlp_ratio 4.
-    return (4 + 2 * mlp_ratio) * tokens * width**2 + 2 * tokens**2 * width
-
   projection = patches * values * width
   rest = (
-    depth * block(visible + 1, width)
+    depth * _block(visible + 1, width, mlp_ratio)
     + (visible + 1) * width * decoder_width
-    + decoder_depth * block(patches + 1, decoder_width)
+    + decoder_depth * _block(patches + 1, decoder_width, mlp_ratio)
     + (patches + 1) * decoder_width * values
   )
   return 2.0 * (3 * rest + 2 * projection)
+
+
+def encode_flops(
+  *,
+  image_size: tuple[int, int],
+  channels: int,
+  patch_size: int,
+  width: int,
+  depth: int,
+  mlp_ratio: float = 4.0,
+) -> float:
+  """FLOP of encoding a whole image, forward; arguments as `train_flops`."""
+  patches = image_size[0] * image_size[1] // patch_size**2  # L
+  projection = patches * patch_size**2 * channels * width
+  return 2.0 * (projection + depth * _block(patches + 1, width, mlp_ratio))
+
+
+def _block(tokens, width, mlp_ratio):
+  """Products of a block: 12 n d^2 + 2 n^2 d, for mlp_ratio 4."""
+  return (4 + 2 * mlp_ratio) * tokens * width**2 + 2 * tokens**2 * width
 
 
 # FLOP/s of dense bfloat16 products, by a part of JAX's device_kind: those of

@@ -38,9 +38,11 @@ class Batches(Iterator):
 
   def __next__(self) -> dict[str, np.ndarray]:
     batch = next(self._iterator)
-    index, readable = batch.pop("index"), batch.pop("readable")
+    readable = batch.pop("readable")
     if not readable.all():
-      self._report(index[~readable])
+      self._report(batch["index"][~readable])
+    if "mask" not in batch:  # To be trained on: the order is the step's.
+      del batch["index"]
     return batch
 
   def _report(self, indices: np.ndarray) -> None:
@@ -196,10 +198,12 @@ def eval_batches(
 
   Returns:
     ceil(min(N, limit) / B) batches, as many on every process, of "image"
-    (b, H, W, C) uint8, "label" (b,) int32 and "mask" (b,) bool, False where a
-    row is padding or its image does not decode.
+    (b, H, W, C) uint8, "label" (b,) int32, "index" (b,) int32, which example
+    of the source, and "mask" (b,) bool, False where a row is padding or its
+    image does not decode.
   """
   share = Share(batch_size, process_index, process_count)
+  tf = tensorflow()
   limit = min(source.num_examples, limit or source.num_examples)
   stacks = source.eval_records(share, limit).batch(min(STACK, share.rows))
   stages = [
@@ -210,7 +214,8 @@ def eval_batches(
   batches = _batches(stacks, source, [stages], grey, share.rows)
 
   def add_mask(batch: Example) -> Example:
-    return batch | {"mask": batch["readable"] & (batch["index"] >= 0)}
+    index = tf.cast(batch["index"], tf.int32)
+    return batch | {"index": index, "mask": batch["readable"] & (index >= 0)}
 
   return Batches(batches.map(add_mask), source, max_unreadable=np.inf)
 

@@ -8,7 +8,7 @@ from umae_jax import UserError
 
 # One image on its way, a dict of tensors. All sources supply
 #   "image"     () string, an encoded image or (if `is_path`) the path of one,
-#               or (h, w, c) uint8; empty if the row is padding
+#               or (h, w, c) uint8; whatever if the row is padding
 #   "label"     () int32
 #   "index"     () int64 in [0, N), which example of the source; -1 = padding
 # and the pipeline adds

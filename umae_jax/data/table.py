@@ -95,14 +95,10 @@ class TableSource:
 
     def look_up(batch):  # Whole batches at once: one call instead of b.
       index = batch[share.first_row : share.first_row + share.rows]
-      row = tf.maximum(index, 0)
-      image, label = tf.gather(images, row), tf.gather(labels, row)
-      padding = index < 0
-      blank = tf.zeros_like(image)
-      padding_image = tf.reshape(padding, [-1] + [1] * (image.shape.rank - 1))
+      row = tf.maximum(index, 0)  # Padding is the first image again.
       return {
-        "image": tf.where(padding_image, blank, image),
-        "label": tf.where(padding, 0, label),
+        "image": tf.gather(images, row),
+        "label": tf.where(index < 0, 0, tf.gather(labels, row)),
         "index": tf.cast(index, tf.int64),
       }
 

@@ -1,17 +1,31 @@
 """Features of a whole data set, from a jitted encoder, as NumPy."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+
+class Features(NamedTuple):
+  """Of N images.
+
+  Attributes:
+    features: (N, D) float32.
+    labels: (N,) int32.
+    index: (N,) int32, which examples of their source.
+  """
+
+  features: np.ndarray
+  labels: np.ndarray
+  index: np.ndarray
 
 
 def extract(
   encode: Callable[[jax.Array], jax.Array],
   batches: Iterable[Mapping[str, np.ndarray]],
   to_global: Callable[[Any], Any],
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Features:
   """Encodes all images; the same answer on every process.
 
   The host stays one batch ahead: it sends the next batch to the device before
@@ -19,20 +33,20 @@ def extract(
 
   Args:
     encode: jitted, global images (B, ...) -> features (B, D), replicated.
-    batches: this process's rows of each global batch: "image", "label" (int)
-      and "mask" (bool; False rows are padding and left out). Every process has
-      as many batches.
+    batches: this process's rows of each global batch: "image", "label" and
+      "index" (int) and "mask" (bool; False rows are padding and left out).
+      Every process has as many batches.
     to_global: makes arrays of the global batch from a dict of these rows.
 
   Returns:
-    features (N, D) float32 and labels (N,) int32, in the order of the batches.
+    Of the rows that are no padding, in the order of the batches.
 
   Raises:
     ValueError: there is no batch, or `encode` leaves its result split.
   """
   running, fetched = None, []
   for batch in batches:
-    rows = {key: batch[key] for key in ("image", "label", "mask")}
+    rows = {key: batch[key] for key in ("image", "label", "index", "mask")}
     following = _encode(encode, to_global(rows))
     if running is not None:
       fetched.append(jax.device_get(running))
@@ -40,13 +54,15 @@ def extract(
   if running is None:
     raise ValueError("There are no batches to extract features of.")
   fetched.append(jax.device_get(running))
-  features = np.concatenate([f[mask] for f, _, mask in fetched])
-  labels = np.concatenate([label[mask] for _, label, mask in fetched])
-  return features.astype(np.float32), labels.astype(np.int32)
+  masked = [[x[mask] for x in rest] for *rest, mask in fetched]
+  features, labels, index = map(np.concatenate, zip(*masked, strict=True))
+  return Features(
+    features.astype(np.float32), labels.astype(np.int32), index.astype(np.int32)
+  )
 
 
 def _encode(encode, batch):
-  """Starts the work on one batch; returns (features, labels, mask)."""
+  """Starts the work on one batch: (features, labels, index, mask)."""
   features = encode(batch["image"])
   if not features.is_fully_replicated:
     raise ValueError(
@@ -54,7 +70,8 @@ def _encode(encode, batch):
       "replicated out_shardings, so that every process can read all rows."
     )
   replicate = jax.jit(_identity, out_shardings=features.sharding)
-  return features, *replicate((batch["label"], batch["mask"]))
+  rest = (batch[key] for key in ("label", "index", "mask"))
+  return features, *replicate(tuple(rest))
 
 
 def _identity(x):

@@ -32,8 +32,8 @@ def make_evaluation(
   extract = inputs.make_extract(logits, config, mesh)
 
   def evaluate(params):
-    scores, labels = extract(params, source, config.evaluation.test_images)
-    return judge(scores, labels, source.class_names)
+    found = extract(params, source, config.evaluation.test_images)
+    return judge(found.features, found.labels, source.class_names)
 
   return evaluate
 

@@ -34,14 +34,15 @@ def make_features(
 ) -> Task:
   """Task "features": those of `config.data.eval_split`, in features.npz.
 
-  It holds "features" (N, D) float32, "labels" (N,) int32 and "class_names".
+  It holds "features" (N, D) float32, "labels" (N,) int32, "names" (N,), the
+  images' files (of TFDS, file and position in it), and "class_names".
   """
   del plan, train_source
   model, params, encode = load_encoder(config, mesh, [config.probe.feature])
 
   def evaluate(params):
     limit = config.evaluation.test_images
-    (x,), labels = encode(params, eval_source, limit)
+    (x,), labels, index = encode(params, eval_source, limit)
     values = spectrum.singular_values(x)
     scalars = {
       "images": len(x),
@@ -52,6 +53,7 @@ def make_features(
       np.savez,
       features=x,
       labels=labels,
+      names=np.array([eval_source.name_of(i) for i in index.tolist()]),
       class_names=np.array(eval_source.class_names),
     )
     return Evaluation(scalars, files={"features.npz": write})
@@ -75,8 +77,8 @@ def make_probes(
 
   def evaluate(params):
     limits = config.evaluation
-    train = encode(params, train_source, limits.train_images)
-    test = encode(params, eval_source, limits.test_images)
+    train = encode(params, train_source, limits.train_images)[:2]
+    test = encode(params, eval_source, limits.test_images)[:2]
     return judge(train, test, eval_source.class_names, config)
 
   return make_task(model, params, evaluate)
@@ -88,8 +90,8 @@ def load_encoder(config, mesh, wanted: Sequence[str]):
   Returns:
     model: of it.
     params: of the encoder.
-    encode: (params, source, limit) -> the wanted features, each (N, D), and
-      labels (N,).
+    encode: (params, source, limit) -> the wanted features, each (N, D), labels
+      (N,), and which images of the source, (N,).
   """
   model, params = inputs.load_pretrained(config, mesh)
 
@@ -100,8 +102,8 @@ def load_encoder(config, mesh, wanted: Sequence[str]):
   extract = inputs.make_extract(pooled, config, mesh)
 
   def encode(params, source, limit):
-    x, labels = extract(params, source, limit)
-    return np.split(x, len(wanted), axis=1), labels
+    x, *rest = extract(params, source, limit)
+    return np.split(x, len(wanted), axis=1), *rest
 
   return model, {"encoder": params["encoder"]}, encode
 

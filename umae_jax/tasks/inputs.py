@@ -118,8 +118,8 @@ def make_extract(
   function: Callable[[Any, jax.Array], jax.Array],
   config: ml_collections.ConfigDict,
   mesh: Mesh,
-) -> Callable[[Any, sources.Source, int], tuple[np.ndarray, np.ndarray]]:
-  """Returns (params, source, limit) -> outputs (N, F) and labels (N,).
+) -> Callable[[Any, sources.Source, int], features.Features]:
+  """Returns (params, source, limit) -> outputs (N, F), as Features.
 
   Every image of the source is encoded once, at most `limit` (0: all); every
   process must call it, and gets all rows.

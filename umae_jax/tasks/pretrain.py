@@ -146,10 +146,11 @@ def make_evaluation(model, config, mesh, train_source, eval_source):
   def evaluate(params):
     train = extract(params, train_source, evaluation.train_images)
     test = extract(params, eval_source, evaluation.test_images)
-    singular_values = spectrum.singular_values(test[0])
+    singular_values = spectrum.singular_values(test.features)
     images = map(to_global, batches(eval_source, limit=evaluation.test_images))
     scalars = held_out_losses(params, images) | probes(
-      train, test, singular_values, len(eval_source.class_names), evaluation
+      *(train[:2], test[:2]),
+      *(singular_values, len(eval_source.class_names), evaluation),
     )
     first = to_global(next(iter(batches(eval_source, limit=config.log.images))))
     triple, count = jax.device_get(reconstruct(params, first))
@@ -172,12 +173,17 @@ def probes(train, test, singular_values, num_classes, evaluation):
     train: (features (N, D), labels (N,)) to learn from.
     test: likewise, to be tested on.
     singular_values: of the test features.
-    num_classes: number of labels.
+    num_classes: number of labels; of one class nothing can be told apart, and
+      there are no accuracies.
     evaluation: `config.evaluation`.
   """
-  return {
+  ranks = {
     "effective_rank": spectrum.effective_rank(singular_values),
     "participation_ratio": spectrum.participation_ratio(singular_values),
+  }
+  if num_classes < 2:
+    return ranks
+  return ranks | {
     "linear_accuracy": linear.ridge_probe(
       *train, *test, num_classes=num_classes
     ),
