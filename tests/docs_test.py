@@ -115,7 +115,9 @@ def test_what_documents_name_exists(document):
   text = path.read_text()
   for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
     assert (path.parent / target).exists(), target
-  roots = [REPOSITORY / x for x in ("", "umae_jax", "tests", "configs")]
+  roots = [
+    REPOSITORY / x for x in ("", "umae_jax", "tests", "configs", "launch")
+  ]
   roots += [path.parent, *(REPOSITORY / "tests").iterdir()]
   for name in re.findall(r"`((?:[\w.]+/)*\w+\.(?:py|sh|md|yaml))`", text):
     assert any((root / name).exists() for root in roots), name
