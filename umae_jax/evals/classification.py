@@ -75,9 +75,9 @@ def per_class_table(confusion: np.ndarray, class_names: Sequence[str]) -> str:
     class_names: (classes,).
 
   Returns:
-    Columns: class, images, accuracy (empty without images), the class it is
-    most often taken for, and how many of its images are (empty and 0 if none
-    is taken for another).
+    The columns are class, images, accuracy (empty without images), the class
+    it is most often taken for, and how many of its images are (empty and 0 if
+    none is taken for another).
   """
   wrong = confusion - np.diag(np.diag(confusion))
   other, count = wrong.argmax(1), wrong.max(1)
