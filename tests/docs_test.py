@@ -115,7 +115,9 @@ def test_what_documents_name_exists(document):
   text = path.read_text()
   for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
     assert (path.parent / target).exists(), target
-  roots = [REPOSITORY / x for x in ("", "umae_jax", "tests", "configs")]
+  roots = [
+    REPOSITORY / x for x in ("", "umae_jax", "tests", "configs", "launch")
+  ]
   roots += [path.parent, *(REPOSITORY / "tests").iterdir()]
   for name in re.findall(r"`((?:[\w.]+/)*\w+\.(?:py|sh|md|yaml))`", text):
     assert any((root / name).exists() for root in roots), name
@@ -148,6 +150,16 @@ def sandbox(tmp_path_factory):
   return folder
 
 
+def environment(folder):
+  """That of a user with one CPU, in the virtual environment of this test."""
+  programs = pathlib.Path(sys.executable).parent
+  return os.environ | {
+    "PYTHONPATH": str(folder),
+    "JAX_NUM_CPU_DEVICES": "1",
+    "PATH": f"{programs}:{os.environ['PATH']}",
+  }
+
+
 def run(command, folder):
   """Runs one command of a document, what trains shortened."""
   words = shlex.split(command)
@@ -157,7 +169,7 @@ def run(command, folder):
   done = subprocess.run(
     [sys.executable if words[0] == "python" else words[0], *words[1:]],
     cwd=folder,
-    env=os.environ | {"PYTHONPATH": str(folder), "JAX_NUM_CPU_DEVICES": "1"},
+    env=environment(folder),
     capture_output=True,
     text=True,
     timeout=900,
@@ -191,7 +203,7 @@ def test_python_of_the_readme_runs(sandbox):
     done = subprocess.run(
       [sys.executable, "-c", program],
       cwd=sandbox,
-      env=os.environ | {"PYTHONPATH": str(sandbox)},
+      env=environment(sandbox),
       capture_output=True,
       text=True,
     )

@@ -255,6 +255,7 @@ def longer_reference(finish, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_for_bit_uninterrupted(
   longer_reference, start, finish, tmp_path
 ):
@@ -274,6 +275,7 @@ def test_killed_and_resumed_is_bit_for_bit_uninterrupted(
   assert_same_run(tmp_path, longer_reference)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_with_75(
   longer_reference, start, finish, tmp_path
 ):

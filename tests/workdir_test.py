@@ -102,8 +102,3 @@ def test_an_empty_checkpoint_folder_is_nobodys(tmp_path):
   """A run killed before it wrote its configuration may start again."""
   (tmp_path / "checkpoints").mkdir()
   workdir.check(tmp_path, CONFIG)
-
-
-def test_a_bucket_is_refused():
-  with pytest.raises(UserError, match="gs://bucket/run is not a local path"):
-    workdir.local_path("gs://bucket/run")

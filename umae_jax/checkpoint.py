@@ -1,17 +1,15 @@
 """Saving and restoring the training state. The only module with Orbax.
 
-On disk, `<directory>/<step>/` is one checkpoint as Orbax writes it. Its
-metadata carry a manifest: dtype, shape and checksum of every leaf of the
-state. Orbax notices most damage; the checksums notice the rest (a flipped bit,
-a lost chunk, which it reads as zeros).
+`<directory>/<step>/` is one checkpoint as Orbax writes it. Its metadata carry
+a manifest: dtype, shape and checksum of every leaf of the state. Orbax notices
+most damage; the checksums notice the rest (a flipped bit, a lost chunk, which
+it reads as zeros).
 """
 
 from collections.abc import Callable, Iterator
 import contextlib
 import os
 import pathlib
-import re
-import shutil
 from typing import Any
 
 from absl import logging
@@ -20,10 +18,9 @@ from jax.experimental import multihost_utils
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from umae_jax import UserError, integrity
+from umae_jax import UserError, checkpoint_files, integrity, storage
 
 _MANIFEST = "umae_jax"  # Key in the custom metadata of a checkpoint.
-_UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax strips this when done.
 
 
 @contextlib.contextmanager
@@ -46,11 +43,10 @@ def open_checkpoints(
   Yields:
     The `Checkpoints`.
   """
-  directory = pathlib.Path(directory).absolute()
+  directory = storage.absolute(storage.path(directory))
   directory.mkdir(parents=True, exist_ok=True)
   if jax.process_index() == 0:
-    for path in directory.glob("*" + _UNFINISHED):
-      shutil.rmtree(path)
+    checkpoint_files.remove_unfinished(directory)
   checkpoints = Checkpoints(directory, keep_last, keep_every)
   try:
     yield checkpoints
@@ -70,9 +66,7 @@ class Checkpoints:
   @property
   def steps(self) -> tuple[int, ...]:
     """The steps that have a checkpoint on disk, good or not, ascending."""
-    folders = (path.name for path in self._directory.iterdir() if path.is_dir())
-    numbers = (int(x) for x in folders if re.fullmatch("0|[1-9][0-9]*", x))
-    return tuple(sorted(numbers))
+    return checkpoint_files.steps(self._directory)
 
   def wait(self) -> None:
     """Waits for the save in the background, then deletes what is too old.
@@ -87,7 +81,7 @@ class Checkpoints:
     if jax.process_index() == 0:
       for step in self.steps[: -self._keep_last]:
         if self._keep_every is None or step % self._keep_every:
-          shutil.rmtree(self._path(step))
+          checkpoint_files.remove(self._path(step))
 
   def save(self, step: int, state: Any, wait: bool = False) -> None:
     """Saves `state`, atomically; the writing goes on in the background.
@@ -242,7 +236,7 @@ def load_params(path: pathlib.Path) -> tuple[dict, dict | None]:
   Raises:
     UserError: none there, or damaged.
   """
-  folder = (path := path.absolute()) / "checkpoints"
+  folder = (path := storage.absolute(path)) / "checkpoints"
   exported = not folder.is_dir()
   steps = () if exported else Checkpoints(folder, 1, None).steps
   damaged = {}

@@ -28,7 +28,7 @@ def defaults() -> ml_collections.ConfigDict:
   """Every key there is, with the values of the paper's ImageNet recipe."""
   c = ml_collections.ConfigDict()
   c.task = "pretrain"  # Or "linear_probe", "finetune", "features".
-  c.pretrained = ""  # Weights to start from: a run, a file, hf://..., https://.
+  c.pretrained = ""  # Start from: a run, a file, hf://, https://, gs://.
   c.seed = 0  # Of parameters, data order, augmentation and masks.
   c.batch_size = 1024  # Global, images per step.
   c.micro_batches = 1  # Gradient accumulation; the result does not change.
@@ -84,7 +84,7 @@ def _data() -> ml_collections.ConfigDict:
   """`config.data`: which images, and how they are cropped and scaled."""
   c = ml_collections.ConfigDict()
   c.name = "imagenet2012"  # "digits", "folder", "made", or TFDS's name.
-  c.directory = ""  # TFDS's data_dir, or the root of the class folders.
+  c.directory = ""  # TFDS's data_dir, or the root of class folders; gs://...
   c.train_split = "train"  # TFDS's syntax, or a sub-folder.
   c.eval_split = "validation"
   c.eval_fraction = 0.1  # Of a folder without train/ and val/.

@@ -13,6 +13,7 @@ from umae_jax import (
   feeding,
   metrics,
   sharding,
+  storage,
   train_step,
   workdir,
 )
@@ -149,6 +150,7 @@ def run_steps(run, state, start, checkpoints, log) -> bool:
         if evaluate:
           evaluate_and_draw(run, state.params, step, log)
         if save:
+          log.commit()  # First: a checkpoint's log must be complete.
           checkpoints.save(step, state, wait=stopping)
       if stopping and not last:
         return False
@@ -211,6 +213,7 @@ def evaluate_and_draw(run, params, step, log):
   """Evaluates, logs, and brings the pictures and files up to date."""
   evaluation = run.task.evaluate(params)
   log.write(step, "eval", evaluation.scalars)
+  log.commit()
   if jax.process_index() != 0:
     return
   drawings = dict(evaluation.pictures)
@@ -220,7 +223,7 @@ def evaluate_and_draw(run, params, step, log):
   for name, draw in drawings.items():
     log.image(step, name, draw(run.directory / f"{name}.png"))
   for name, write in evaluation.files.items():
-    workdir.write_file(run.directory / name, write)
+    storage.write_file(run.directory / name, write)
   shown = [f"{key} {x:.4g}" for key, x in evaluation.scalars.items()]
   print(f"evaluation at step {step}: {', '.join(shown)}", flush=True)
   if evaluation.table:

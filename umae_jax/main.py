@@ -25,7 +25,8 @@ MOST_COMPILED = 4 * 2**30  # Bytes of compiled programs that are kept on disk.
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Directory for checkpoints, logs and pictures; a run found here resumes.",
+  "Directory for checkpoints, logs and pictures, local or of a bucket "
+  "(gs://BUCKET/FOLDER); a run found here resumes.",
 )
 _MULTIHOST = flags.DEFINE_bool(
   "multihost",

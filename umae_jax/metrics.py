@@ -17,8 +17,9 @@ import numpy as np
 import tensorboardX
 import tqdm
 
-from umae_jax import UserError
+from umae_jax import UserError, storage
 
+_UPLOAD_SECONDS = 30.0  # Between uploads to a bucket, besides `commit`.
 # What the progress bar shows, if logged: key of the log, short name, format.
 _SHOWN = (
   ("loss", "loss", "{:.4f}"),
@@ -55,13 +56,17 @@ class MetricsLog:
     self._active = active
     if not active:
       return
-    workdir = pathlib.Path(workdir)
+    workdir = storage.path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "metrics.jsonl"
     _keep_until(path, resume_step)
-    self._file = path.open("a", encoding="utf-8")
+    self._folder = storage.Growing(workdir)
+    local = self._folder.local / path.name
+    if local != path and path.exists():
+      local.write_bytes(path.read_bytes())
+    self._file = local.open("a", encoding="utf-8")
     self._tensorboard = tensorboardX.SummaryWriter(
-      str(workdir / "tensorboard"),
+      str(local.with_name("tensorboard")),
       purge_step=(resume_step or 0) + 1,
     )
 
@@ -83,6 +88,7 @@ class MetricsLog:
     }
     self._file.write(json.dumps(line, allow_nan=False) + "\n")
     self._file.flush()
+    self._folder.upload(_UPLOAD_SECONDS)
     for name, x in values.items():
       self._tensorboard.add_scalar(f"{split}/{name}", x, step)
 
@@ -91,11 +97,17 @@ class MetricsLog:
     if self._active:
       self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
+  def commit(self) -> None:
+    """Brings all to the bucket, if it is one; else the log is complete."""
+    if self._active:
+      self._folder.upload()
+
   def close(self) -> None:
     """Writes out what TensorBoard buffers; the log is complete already."""
     if self._active:
       self._file.close()
       self._tensorboard.close()
+      self._folder.close()
 
 
 def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -103,7 +115,7 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
 
   A last line that was cut in two by a kill is left out.
   """
-  records = [record for _, record in _complete_lines(pathlib.Path(path))]
+  records = [record for _, record in _complete_lines(storage.path(path))]
   return [
     {
       name: float(x) if isinstance(x, str) and name != "split" else x
@@ -140,9 +152,8 @@ def _keep_until(path: pathlib.Path, step: int | None) -> None:
     path.replace(next(name for name in names if not name.exists()))
     return
   kept = [x for x, record in _complete_lines(path) if record["step"] <= step]
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text("".join(kept), encoding="utf-8")
-  temporary.replace(path)
+  text = "".join(kept)
+  storage.write_file(path, lambda file: file.write(text.encode()))
 
 
 class Progress:

@@ -8,7 +8,14 @@ import jax
 from jax.sharding import Mesh
 import ml_collections
 
-from umae_jax import UserError, metrics, sharding, validation, workdir
+from umae_jax import (
+  UserError,
+  metrics,
+  sharding,
+  storage,
+  validation,
+  workdir,
+)
 from umae_jax import config as config_lib
 from umae_jax.data import in_memory, sources
 from umae_jax.tasks import (
@@ -66,7 +73,7 @@ def prepare(
   check_sources(config, train_source, eval_source)
   plan = config_lib.plan(config, train_source.num_examples)
   mesh = sharding.make_mesh(config.mesh.fsdp)
-  path = workdir.local_path(directory)
+  path = storage.path(directory, "--workdir=").expanduser()
   kept = with_recorded_attention(config, mesh, path)
   task = TASKS[config.task](kept, plan, mesh, train_source, eval_source)
   identity = config_lib.flatten(config) | {

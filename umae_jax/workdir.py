@@ -1,15 +1,14 @@
 """The work directory: whose it is, and whether this run may go on in it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import fcntl
 import json
 import os
 import pathlib
-import shutil
-from typing import Any, BinaryIO
+from typing import Any
 
-from umae_jax import UserError
+from umae_jax import UserError, storage
 
 CONFIG = "config.json"
 SUMMARY = "summary.json"
@@ -38,7 +37,10 @@ def check(
   Raises:
     UserError: not a directory, not writable, not a run's, or another run's.
   """
-  _check_writable(path)
+  if storage.is_bucket(path):
+    storage.check(path, "--workdir=", storage.WRITE)
+  else:
+    _check_writable(path)
   if not (path / CONFIG).exists():
     found = [x for x in (METRICS, SUMMARY) if (path / x).exists()]
     if (path / CHECKPOINTS).is_file() or any((path / CHECKPOINTS).glob("*")):
@@ -102,7 +104,8 @@ def claim(path: pathlib.Path, config: dict[str, Any]) -> None:
       number = 1
       while (backup := path / f"config.{number}.json").exists():
         number += 1
-      shutil.copy2(file, backup)
+      data = file.read_bytes()
+      storage.write_file(backup, lambda copy: copy.write(data))
     write_json(file, config)
   except OSError as error:
     raise _refused(path, error) from error
@@ -112,9 +115,14 @@ def claim(path: pathlib.Path, config: dict[str, Any]) -> None:
 def lock(path: pathlib.Path) -> Iterator[None]:
   """Holds the directory for this process; another one is refused meanwhile.
 
+  A bucket has no locks: there, it is the user who starts a run only once.
+
   Raises:
     UserError: a process that still runs holds it, or it cannot be written.
   """
+  if storage.is_bucket(path):
+    yield
+    return
   try:
     path.mkdir(parents=True, exist_ok=True)
     file = (path / LOCK).open("w")
@@ -133,37 +141,10 @@ def lock(path: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def local_path(directory: str) -> pathlib.Path:
-  """The directory as a path.
-
-  Raises:
-    UserError: it names a bucket.
-  """
-  if "://" in directory:
-    raise UserError(
-      f"--workdir={directory} is not a local path; mount the bucket (for "
-      "instance with gcsfuse) and give its folder."
-    )
-  return pathlib.Path(directory).expanduser()
-
-
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes JSON atomically: the file is the old one or the new one."""
   text = json.dumps(value, indent=2) + "\n"
-  write_file(path, lambda file: file.write(text.encode()))
-
-
-def write_file(path: pathlib.Path, write: Callable[[BinaryIO], Any]) -> None:
-  """Writes a file atomically.
-
-  Args:
-    path: of the file, which is the old one until the new one is complete.
-    write: is called with the open binary file.
-  """
-  temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("wb") as file:
-    write(file)
-  temporary.replace(path)
+  storage.write_file(path, lambda file: file.write(text.encode()))
 
 
 def _check_writable(path):
@@ -180,7 +161,8 @@ def _check_writable(path):
 
 def _refused(path, error):
   return UserError(
-    f"--workdir={path} cannot be written ({error.strerror}); choose another."
+    f"--workdir={path} cannot be written ({error.strerror or error}); choose "
+    "another."
   )
 
 

@@ -75,7 +75,7 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
   path.write_bytes(b"old")
 
   def fail(file, *_, **__):
-    file.write_bytes(b"half")
+    file.write(b"half")
     raise OSError
 
   monkeypatch.setattr(pictures.mpl_image, "imsave", fail)

@@ -121,3 +121,19 @@ def test_ties_do_not_all_go_to_one_image():
     patches, noise, rng.random((200, 8)) < 0.5, normalize=False
   )
   assert len(set(got)) > 100
+
+
+def test_nearest_are_those_of_the_largest_cosine_and_never_itself():
+  """Angles of 0, 10, 25, 180 and 12 degrees, of any length."""
+  angles, lengths = np.radians([0, 10, 25, 180, 12]), [3, 0.1, 1, 5, 2]
+  x = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+  x *= np.array(lengths)[:, None]
+  found = similarity.nearest(x, [1, 3], 3)
+  np.testing.assert_array_equal(found, [[4, 0, 2], [2, 4, 1]])
+
+
+def test_of_equal_features_an_example_is_still_not_its_own_neighbour():
+  found = similarity.nearest(np.ones((4, 2)), range(4), 3)
+  assert [sorted(row) for row in found.tolist()] == [
+    [j for j in range(4) if j != i] for i in range(4)
+  ]

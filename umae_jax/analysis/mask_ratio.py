@@ -23,7 +23,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 import numpy as np
 
-from umae_jax import UserError, metrics, workdir
+from umae_jax import UserError, metrics, storage
 from umae_jax.analysis import guarantees, mask_graph, pictures
 from umae_jax.data import arrays
 
@@ -231,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
   text = io.StringIO()
   csv.writer(text, lineterminator="\n").writerows([Row._fields, *rows])
-  workdir.write_file(
+  storage.write_file(
     given.output / "mask_ratio.csv",
     lambda file: file.write(text.getvalue().encode()),
   )

@@ -7,7 +7,6 @@ is given a path. Nothing here touches matplotlib's global state.
 from collections.abc import Callable, Mapping, Sequence
 import math
 import os
-import pathlib
 from typing import Any
 
 from matplotlib import image as mpl_image
@@ -17,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 import numpy as np
 
+from umae_jax import storage
 from umae_jax.analysis import spectrum as spectra
 
 DPI = 150
@@ -40,10 +40,10 @@ _PANELS: tuple[tuple[str, Callable[[str], bool]], ...] = (
 
 def write(image: np.ndarray, path: str | os.PathLike) -> None:
   """Writes an (h, w, 3) uint8 image as PNG, atomically."""
-  path = pathlib.Path(path)
-  temporary = path.with_name(path.name + ".tmp")
-  mpl_image.imsave(temporary, image, format="png")
-  temporary.replace(path)
+  storage.write_file(
+    storage.path(path),
+    lambda file: mpl_image.imsave(file, image, format="png"),
+  )
 
 
 def reconstructions(

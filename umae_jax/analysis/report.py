@@ -184,10 +184,7 @@ def _neighbours(tokens, images, labels, names, shown):
   columns, notes = [images[shown] / 255], [[words[i] for i in shown]]
   right = [[None] * len(shown)]
   for x in tokens.values():
-    z = similarity.unit(x)
-    cosines = z[shown] @ z.T
-    cosines[np.arange(len(shown)), shown] = -np.inf  # Not itself.
-    for nearest in np.argsort(-cosines, axis=1)[:, :NEIGHBOURS].T:
+    for nearest in similarity.nearest(x, shown, NEIGHBOURS).T:
       columns.append(images[nearest] / 255)
       right.append(labels[nearest] == labels[shown])
       signs = np.where(right[-1], "✓", "✗")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from umae_jax import UserError, convert, metrics, models, workdir
+from umae_jax import UserError, convert, metrics, models, storage, workdir
 from umae_jax import config as config_lib
 from umae_jax.convert import files
 
@@ -57,7 +57,7 @@ def read(paths: Sequence[str | os.PathLike]) -> list[Run]:
     UserError: too many; not a pretraining's work directory, or without a good
       checkpoint; or of other images than the first.
   """
-  directories = [pathlib.Path(path) for path in paths]
+  directories = [storage.local_path(os.fspath(x), "RUN=") for x in paths]
   if len({path.resolve() for path in directories}) < len(directories):
     raise UserError(f"RUN: of {list(map(str, paths))} two are the same.")
   if len(directories) > MOST:

@@ -1,4 +1,4 @@
-"""How alike representations are: CKA, and pairs that masking makes positive."""
+"""How alike representations are: CKA, positive pairs, nearest neighbours."""
 
 from collections.abc import Sequence
 
@@ -105,3 +105,22 @@ def unit(features: np.ndarray) -> np.ndarray:
   """Rows of (N, D) scaled to length 1; zero rows stay zero."""
   norms = np.linalg.norm(features, axis=1, keepdims=True)
   return features / np.where(norms > 0, norms, 1)
+
+
+def nearest(
+  features: np.ndarray, queries: Sequence[int], count: int
+) -> np.ndarray:
+  """The examples whose features point most nearly the same way.
+
+  Args:
+    features: (N, D), any scale.
+    queries: numbers of examples, each in [0, N).
+    count: of neighbours, at most N - 1.
+
+  Returns:
+    (queries, count) int, the most alike first; no example is its own.
+  """
+  z, own = unit(features), np.asarray(queries)
+  cosines = z[own] @ z.T
+  cosines[np.arange(len(own)), own] = -np.inf
+  return np.argsort(-cosines, axis=1)[:, :count]

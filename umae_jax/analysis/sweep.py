@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 from absl import app, flags
 import ml_collections
 
-from umae_jax import UserError, command_line, workdir
+from umae_jax import UserError, command_line, storage, workdir
 from umae_jax import config as config_lib
 from umae_jax.analysis import sweep_figures
 from umae_jax.command_line import EXIT_ERROR, EXIT_PREEMPTED, fail
@@ -82,7 +82,8 @@ def main(argv: list[str]) -> int:
   context = multiprocessing.get_context("spawn")
   ignore = (signal.signal, (signal.SIGINT, signal.SIG_IGN))
   try:
-    directory, runs = workdir.local_path(_WORKDIR.value), combine(config)
+    directory = storage.local_path(_WORKDIR.value, "--workdir=").expanduser()
+    runs = combine(config)
     # In a process of its own, which leaves the device to the runs.
     with concurrent.futures.ProcessPoolExecutor(1, context, *ignore) as pool:
       checked = pool.submit(prepare, config, directory, runs).result()

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
 
-from umae_jax import metrics, workdir
+from umae_jax import metrics, storage
 from umae_jax.analysis import pictures
 
 # Key of summary.json, name, format, unit.
@@ -63,7 +63,7 @@ def write(
   lines = [names, *([row.get(name) for name in names] for row in rows)]
   csv.writer(file, lineterminator="\n").writerows(lines)
   text = file.getvalue().encode()
-  workdir.write_file(directory / "sweep.csv", lambda file: file.write(text))
+  storage.write_file(directory / "sweep.csv", lambda file: file.write(text))
   picture(rows, exact, directory / "sweep.png")
 
 

@@ -5,7 +5,7 @@ import os
 import pathlib
 from typing import Any
 
-from umae_jax import UserError, models
+from umae_jax import UserError, models, storage
 from umae_jax.convert import export, names, shapes, sources
 
 __all__ = ["load_pretrained", "load_torch", "save"]
@@ -53,8 +53,8 @@ def load_pretrained(
   Args:
     path: a `.pth`, `.pt` or `.safetensors` file with the names of MAE, U-MAE,
       timm's or Hugging Face's ViT; a directory saved by Hugging Face; one that
-      `save` wrote; a run's work directory; `hf://owner/name[/file]`; or
-      `https://...` of such a file.
+      `save` wrote; a run's work directory; `hf://owner/name[/file]`;
+      `https://...` of such a file; or `gs://...` of any file or directory.
     image_size: (H, W). The position embeddings of the source are interpolated
       if they are of another size; None: as they are.
     num_heads: of the encoder, where the source does not tell; None: as the
@@ -102,4 +102,5 @@ def save(
       model.
   """
   flat = names.flatten(params)
-  return export.write(pathlib.Path(path), model, flat, to, image_size, {})
+  target = storage.local_path(os.fspath(path))
+  return export.write(target, model, flat, to, image_size, {})

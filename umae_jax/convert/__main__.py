@@ -10,11 +10,10 @@ Exit codes: 0 written, 2 wrong usage or weights.
 """
 
 import argparse
-import pathlib
 import re
 import sys
 
-from umae_jax import UserError, config, models
+from umae_jax import UserError, config, models, storage
 from umae_jax.convert import export, fetch, files, sources
 
 
@@ -22,12 +21,13 @@ def main(arguments: list[str] | None = None) -> int:
   """Converts, and prints what it did as a table."""
   given = _parser().parse_args(arguments)
   try:
+    target = storage.local_path(given.target, "DST=")
     source = fetch.local(given.source)
     loaded = sources.load(
       source, given.image_size, given.num_heads, given.decoder_num_heads
     )
     lost = export.write(
-      given.target,
+      target,
       loaded.model,
       loaded.params,
       given.to,
@@ -43,8 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     "model": describe(loaded),
     "parameters": f"{sum(x.size for x in loaded.params.values()):,}",
     "left out": ", ".join(loaded.left_out + lost) or "nothing",
-    "written": f"{given.target}, {given.to}",
-    " ": _digest(given.target),
+    "written": f"{target}, {given.to}",
+    " ": _digest(target),
   }
   for name, value in rows.items():
     print(f"{name:<12}{value}")
@@ -84,7 +84,7 @@ def _parser():
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument("source", metavar="SRC")
-  parser.add_argument("target", metavar="DST", type=pathlib.Path)
+  parser.add_argument("target", metavar="DST")
   parser.add_argument("--to", choices=export.FORMS, default="umae_jax")
   parser.add_argument(
     "--image_size", type=_size, help="N or HxW: interpolates the positions"

@@ -8,7 +8,7 @@ import pathlib
 from absl import logging
 import numpy as np
 
-from umae_jax import UserError
+from umae_jax import UserError, storage
 from umae_jax.data import class_lists
 from umae_jax.data.decode import SUFFIXES
 from umae_jax.data.table import TableSource
@@ -40,7 +40,8 @@ def open_folder(
     UserError: no such folder or split, no class folders and no images, a class
       without an image, or classes that differ between train/ and val/.
   """
-  root = pathlib.Path(directory)
+  root = storage.path(directory, "config.data.directory=")
+  storage.check(root, "config.data.directory=", storage.READ)
   if not directory or not root.is_dir():
     raise UserError(
       f"config.data.directory={directory!r} is not a folder. Give the one that "
@@ -84,7 +85,7 @@ def open_folder(
 
 def _split_folder(root: pathlib.Path, split: str) -> pathlib.Path:
   """Returns root/split; raises UserError if it does not exist."""
-  splits = _folders(root)
+  splits, _ = _list(root)
   if split not in splits:
     raise UserError(
       f"config.data.*_split={split!r} is not a folder of config.data.directory="
@@ -115,17 +116,16 @@ def _choose(images: Iterable[str], part: str, num_held_out: int) -> list[str]:
   return sorted(rest if part == "train" else held_out)
 
 
-def _folders(folder: pathlib.Path) -> list[str]:
-  """Sorted names of the folders in `folder` that are not hidden."""
-  with os.scandir(folder) as entries:
-    found = [e.name for e in entries if e.is_dir() and e.name[0] != "."]
-  return sorted(found)
+def _list(folder: pathlib.Path) -> tuple[list[str], list[str]]:
+  """Sorted names of the folders, and the images, that are not hidden."""
+  _, folders, files = next(storage.walk(folder), (None, [], []))
+  folders = sorted(name for name in folders if name[0] != ".")
+  return folders, sorted(filter(_is_image, files))
 
 
 def _class_folders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   """Class folders by their names, sorted; {UNLABELLED: folder} without any."""
-  names = _folders(folder)
-  stray = sum(_is_image(path.name) for path in folder.iterdir())
+  names, stray = _list(folder)
   if not names and not stray:
     raise UserError(
       f"config.data.directory: {folder} holds neither class folders nor images "
@@ -135,7 +135,7 @@ def _class_folders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   if names and stray:
     logging.warning(
       "%d images lie in %s beside its class folders, and are not used.",
-      *(stray, folder),
+      *(len(stray), folder),
     )
   return {name: folder / name for name in names} or {UNLABELLED: folder}
 
@@ -161,9 +161,9 @@ def _is_image(name: str) -> bool:
 def _images(folder: pathlib.Path) -> list[str]:
   """Sorted paths, relative to `folder`, of the images in it and below."""
   found = []
-  for parent, folders, files in os.walk(folder, followlinks=True):
+  for parent, folders, files in storage.walk(folder):
     folders[:] = [name for name in folders if name[0] != "."]
-    where = pathlib.Path(parent).relative_to(folder)
+    where = storage.path(parent).relative_to(folder)
     found.extend(str(where / name) for name in files if _is_image(name))
   if not found:
     raise UserError(

@@ -13,6 +13,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from umae_jax import storage
+
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")  # Those of `decode.SUFFIXES`.
 LUMA = (0.2989, 0.587, 0.114)  # TensorFlow's weights of red, green and blue.
 CHUNK = 1_024  # Files that wait for a thread at once.
@@ -38,8 +40,7 @@ def read(
   """
 
   def read_one(path):
-    with open(path, "rb") as file:  # noqa: PTH123
-      data = file.read()
+    data = storage.path(os.fsdecode(path)).read_bytes()
     try:
       image = convert_channels(_decode(data), channels)
     # Pillow says what is wrong with a file in half a dozen ways.

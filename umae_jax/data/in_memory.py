@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import tqdm
 
-from umae_jax import UserError
+from umae_jax import UserError, storage
 from umae_jax.data import image_files, pipeline
 from umae_jax.data.decode import GREY
 from umae_jax.data.share import Share, Source
@@ -105,7 +105,7 @@ class MemorySource:
       return image_files.sizes(io.BytesIO(x) for stack in stacks for x in stack)
     images = self.source.load()
     if self.source.is_path:
-      files = (open(x, "rb") for x in images)  # noqa: PTH123, SIM115
+      files = (storage.path(os.fsdecode(x)).open("rb") for x in images)
       return image_files.sizes(files)
     return {images.shape[1:3]}
 

@@ -33,7 +33,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # It only reads here.
 from PIL import Image
 import tqdm
 
-from umae_jax import UserError, workdir
+from umae_jax import UserError, storage, workdir
 from umae_jax.data import image_files, sources
 from umae_jax.data.share import Share, Source
 from umae_jax.data.table import TableSource
@@ -55,8 +55,9 @@ class Task(NamedTuple):
 def main(arguments: list[str] | None = None) -> int:
   """Copies, and says what came of it."""
   given = _parser().parse_args(arguments)
-  output = given.output
   try:
+    output = storage.local_path(given.output, "--output=")
+    storage.local_path(given.directory, "--directory=")
     source = open_images(given.name, given.directory, given.split)
     facts = {k: vars(given)[k] for k in ("name", "split", "size")}
     # "" is the default of TFDS.
@@ -194,7 +195,7 @@ def copy_one(task: Task, size: int) -> bool:
   except Exception:
     return False
   task.target.parent.mkdir(parents=True, exist_ok=True)
-  workdir.write_file(task.target, lambda file: file.write(data))
+  storage.write_file(task.target, lambda file: file.write(data))
   return True
 
 
@@ -248,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
   add("--name", required=True, help="'folder', or a data set of TFDS")
   add("--directory", default="", help="as config.data.directory")
   add("--split", required=True, help="as config.data.train_split")
-  add("--output", required=True, type=pathlib.Path, help="a new directory")
+  add("--output", required=True, help="a new directory")
   add("--size", type=_positive, default=256, help="pixels (default 256)")
   add("--processes", type=_positive, default=os.cpu_count())
   return parser

@@ -7,7 +7,7 @@ from typing import Any
 from absl import logging
 import numpy as np
 
-from umae_jax import UserError
+from umae_jax import UserError, storage
 from umae_jax.data import class_lists
 from umae_jax.data.host_tensorflow import tensorflow
 from umae_jax.data.stream import Pieces, StreamSource
@@ -63,6 +63,9 @@ def open_tfds(
 def _builder(name: str, directory: str, own_names: Sequence[str]) -> Any:
   """Returns TFDS's builder of the data set."""
   tensorflow()  # First, so that TFDS does not see the accelerators either.
+  if storage.is_bucket(directory):
+    where = "config.data.directory="
+    storage.check(storage.path(directory, where), where, storage.READ)
   import tensorflow_datasets as tfds
 
   try:
