@@ -1,6 +1,7 @@
 """Every claim of `checkpoint`, on real Orbax folders."""
 
 import functools
+import gc
 import os
 import pathlib
 import re
@@ -26,6 +27,14 @@ from umae_jax import UserError, checkpoint, integrity
 pytestmark = pytest.mark.filterwarnings(
   "ignore::pytest.PytestUnraisableExceptionWarning"
 )
+
+
+@pytest.fixture(autouse=True)
+def collect():
+  """What Orbax has left of damaged files is told here, not in a later test."""
+  yield
+  gc.collect()
+
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 

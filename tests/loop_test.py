@@ -61,7 +61,7 @@ def tiny_run(tmp_path, monkeypatch, batches, *, loss=None, steps=40):
   c.log.every_steps = 10
   plan = config.Plan(steps, steps, 0, steps + 1, 0.1)
   monkeypatch.setattr(feeding, "train_batches", lambda *unused: batches)
-  return loop.Run(c, config.flatten(c), plan, mesh, tmp_path, None, task)
+  return loop.Run(c, config.flatten(c), plan, mesh, tmp_path, None, None, task)
 
 
 def run_steps(run):
