@@ -422,6 +422,10 @@ def test_features_are_written_once(reference, finish, tmp_path):
     ([], "--config is missing"),
     (["--config=configs/digits.py"], "--workdir is missing"),
     (["--config=configs/none.py"], "--config names no readable file"),
+    (
+      ["--config=configs/none.py", "--config.batch_size=8"],
+      "--config names no readable file",
+    ),
     (["--config=configs/digits.py:x"], "variant='x' is not one of"),
     ([*SMALL, "--config.loss.unif=1"], "config.loss.unif is not a key; did"),
     ([*SMALL, "--config.batch_size=x"], "--config.batch_size=x: invalid"),

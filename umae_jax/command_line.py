@@ -40,6 +40,7 @@ def parse(argv: list[str], required: Sequence[str] = ("config",)) -> list[str]:
     What is no flag: the program alone.
   """
   try:
+    check_file(argv)
     check_overrides(argv)
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
@@ -50,6 +51,22 @@ def parse(argv: list[str], required: Sequence[str] = ("config",)) -> list[str]:
     lines = str(error).strip().splitlines()
     sys.exit(fail(f"{lines[0]} {lines[-1]}" if lines[1:] else lines[0]))
   return rest
+
+
+def check_file(argv: list[str]) -> None:
+  """Refuses --config=FILE that is not there, which overrides would hide."""
+  for argument in argv[1:]:
+    match = re.fullmatch(r"--?config=([^:]*)(:.*)?", argument)
+    if match and not pathlib.Path(match[1]).is_file():
+      raise _no_file()
+
+
+def _no_file() -> UserError:
+  files = [str(path) for path in sorted(pathlib.Path("configs").glob("*.py"))]
+  return UserError(
+    "--config names no readable file; in this directory there are "
+    f"{files}, each with optional :variant."
+  )
 
 
 def check_overrides(argv: list[str]) -> None:
@@ -71,11 +88,7 @@ def check_required(names: Sequence[str]) -> None:
     if flags.FLAGS[name].value is None:
       raise UserError(f"--{name} is missing; see --help")
   if not isinstance(CONFIG.value, ml_collections.ConfigDict):
-    files = [str(path) for path in sorted(pathlib.Path("configs").glob("*.py"))]
-    raise UserError(
-      "--config names no readable file; in this directory there are "
-      f"{files}, each with optional :variant."
-    )
+    raise _no_file()
 
 
 def asks_for_help() -> bool:
