@@ -29,9 +29,6 @@ SHORT = {
     *("--config.num_epochs=1", "--config.optimizer.warmup_epochs=0"),
     *("--config.probe.epochs=(1,)", "--config.probe.draws=2"),
   ],
-  "umae_jax.analysis.sweep": [
-    *("--config.num_epochs=1", "--config.optimizer.warmup_epochs=0"),
-  ],
   "umae_jax.analysis.mask_ratio": ["--seeds=1"],
 }
 
