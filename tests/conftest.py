@@ -8,8 +8,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # For the subprocesses of tests, too.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 # Most of a test's time is compiling: code made in less of it, and slower, will
 # do. XLA's own passes, and so what is computed, stay as they are.
-_FAST = "--xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FAST}".strip()
+os.environ["XLA_FLAGS"] = " ".join(
+  ["--xla_backend_optimization_level=0", os.environ.get("XLA_FLAGS", "")]
+)
 
 import jax
 import pytest
