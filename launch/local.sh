@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 PROCESSES=${PROCESSES:-2}
 PLATFORM=${PLATFORM:-cpu}                    # cpu, or gpu: GPUs 0, 1, 2, ...
 PORT=${PORT:-}                               # empty: a free one
-LOGS=${LOGS:-${TMPDIR:-/tmp}/umae_jax.$$}    # process_1.log, ...
+LOGS=${LOGS:-}                               # folder of process_1.log, ...
 GRACE=${GRACE:-10}                           # seconds to end after a failure
 
 say() { echo "local: $*" >&2; }
@@ -56,6 +56,8 @@ signal_all() { # Those that still run.
 }
 stop() { say "stopping: the run saves."; signal_all TERM; }
 
+named=$LOGS # Is kept; one of our own only after a failure.
+LOGS=${LOGS:-$(mktemp -d)}
 mkdir -p "$LOGS"
 pids=() codes=()
 trap stop INT TERM
@@ -92,5 +94,8 @@ while [ "$left" -gt 0 ]; do
   sleep 0.1 & wait $! || true
 done
 trap - EXIT
-case $code in 0 | 75) rm -rf "$LOGS" ;; *) say "logs are in $LOGS." ;; esac
+case $code$named in
+  0 | 75) rm -rf "$LOGS" ;;
+  *) say "logs are in $LOGS." ;;
+esac
 exit "$code"

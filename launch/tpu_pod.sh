@@ -6,10 +6,10 @@
 #   PROJECT=my-project WORKDIR=gs://my-bucket/run DATA_DIR=gs://my-bucket/tfds \
 #     bash launch/tpu_pod.sh [--dry_run] --config=configs/imagenet1k.py ...
 #
-# Ctrl-C or SIGTERM: the run saves, the slice is deleted. The same command goes
+# Ctrl-C, SIGTERM, a closed terminal: the run saves, the slice is deleted. The same command goes
 # on with a slice that it finds under NAME, so NAME is this run's alone.
 # Exit codes: 0 finished, 1 the cloud refused or was out of reach, 2 wrong
-# usage, 130 and 143 stopped, else that of the run.
+# usage, 129 to 143 stopped by a signal, else that of the run.
 # shellcheck disable=SC2016,SC2329 # Expanded on the workers; called by a trap.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -29,7 +29,7 @@ POLL=${POLL:-30}                    # seconds between two looks
 TRIES=${TRIES:-5}                   # of what may fail for a moment
 PREEMPTIONS=${PREEMPTIONS:-100}     # after which to give up
 
-say() { echo "tpu_pod: $*" >&2; }
+say() { echo "tpu_pod: $*" >&2 || true; }
 die() { say "${@:2}"; exit "$1"; }
 pause() { sleep "$POLL" & wait $!; } # A signal need not wait for its end.
 
@@ -133,6 +133,7 @@ acquire() { # Waits for an active slice; asks for one if there is none.
         failed=$((failed + 1)) ;;
       FAILED | SUSPENDED) delete >&2 || true; failed=$((failed + 1)) ;;
       UNKNOWN) failed=$((failed + 1)) ;;
+      *) failed=0 ;; # In the queue.
     esac
     [ "$failed" -lt "$TRIES" ] || die 1 "no slice after $failed tries."
     pause
@@ -154,8 +155,12 @@ watch() { # Shows the log until the end; sets `code`, GONE without a slice.
       running) lost=0 ;;
       *) lost=$((lost + 1)) ;;
     esac
-    [ "$(state)" = ACTIVE ] || { code=GONE; return; }
-    [ "$lost" -lt "$TRIES" ] || die 1 "worker 0 cannot be reached by ssh."
+    case $(state) in
+      ACTIVE) ;;
+      UNKNOWN) lost=$((lost + 1)) ;; # It may well run: nothing is deleted.
+      *) code=GONE; return ;;
+    esac
+    [ "$lost" -lt "$TRIES" ] || die 1 "worker 0 does not answer."
     say "the log was interrupted; looking again."
     pause
   done
@@ -174,11 +179,12 @@ remove() { # Deletes the slice, and makes sure.
 
 finish() { # However it ends.
   local code=$?
-  trap '' INT TERM
+  trap '' INT TERM HUP PIPE # Who reads the messages may be gone.
   trap - EXIT
+  set +e
   [ -z "$child" ] || kill -- "-$child" 2> /dev/null || true
   if [ "$ours" = 1 ] && [ "$KEEP" != 1 ]; then
-    case $code in 130 | 143) say "saving..."; stop >&2 || true ;; esac
+    case $code in 129 | 130 | 141 | 143) say "saving..."; stop >&2 || true ;; esac
     remove
   fi
   rm -rf "$scratch"
@@ -221,6 +227,8 @@ ours=0 child='' scratch=$(mktemp -d)
 trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
+trap 'exit 129' HUP
+trap 'exit 141' PIPE
 for ((round = 0; round <= PREEMPTIONS; round++)); do
   acquire
   if [ "$(outcome || true)" != running ]; then
@@ -236,7 +244,7 @@ for ((round = 0; round <= PREEMPTIONS; round++)); do
     75 | GONE) ;;
     *)
       pause # Workers that lost one another fail before the slice is SUSPENDED.
-      if [ "$(state)" = ACTIVE ]; then
+      if [[ $(state) == @(ACTIVE|UNKNOWN) ]]; then
         ssh_to all 'tail -n 20 umae/log' >&2 || true
         die "$code" "the run failed with exit code $code; see above."
       fi ;;

@@ -43,6 +43,28 @@ def test_a_folder_without_images_is_refused(load_config, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_may_move_but_not_hold_others(load_config, tmp_path):
+  c = load_config("digits", "smoke")
+  c.data.update(name="folder", train_split="all", eval_split="all")
+  c.batch_size = 8
+
+  def prepare(folder, names):
+    (tmp_path / folder).mkdir()
+    for number, name in enumerate(names):
+      image = Image.new("L", (8, 8), 10 * number)
+      image.save(tmp_path / folder / f"{name}.png")
+    c.data.directory = str(tmp_path / folder)
+    return run.prepare(c, str(tmp_path / "run"))
+
+  first = prepare("a", "abcdefgh")
+  workdir.claim(tmp_path / "run", first.identity)
+  assert prepare("moved", "abcdefgh").identity == first.identity | {
+    "data.directory": str(tmp_path / "moved")
+  }
+  with pytest.raises(UserError, match=r"files: .* there"):
+    prepare("others", "abcdefgx")
+
+
 @pytest.mark.parametrize("task", ["linear_probe", "finetune"])
 def test_images_without_classes_are_not_classified(load_config, tmp_path, task):
   images = tmp_path / "images"

@@ -513,3 +513,21 @@ def test_every_byte_arrives(bucket, end):
   data = np.random.default_rng(0).bytes(4096) + bytes(range(256)) * 2 + end
   fsspec.filesystem("gs").pipe(str(bucket / "file"), data)
   assert (bucket / "file").read_bytes() == data
+
+
+def test_a_bucket_out_of_reach_is_no_damage(server, bucket, monkeypatch):
+  with checkpoint.open_checkpoints(bucket / "checkpoints") as checkpoints:
+    checkpoints.save(1, STATE, wait=True)
+    checkpoints.save(2, STATE, wait=True)
+
+    def refuse(*unused):
+      raise ValueError("PERMISSION_DENIED: Error reading gs://...")
+
+    with monkeypatch.context() as patch:
+      patch.setattr(ocp, "load", refuse)
+      with pytest.raises(
+        OSError, match="cannot be read now: PERMISSION_DENIED"
+      ):
+        checkpoints.restore_newest(STATE)
+    assert checkpoints.steps == (1, 2)
+    assert checkpoints.restore_newest(STATE)[0] == 2

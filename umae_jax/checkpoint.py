@@ -285,6 +285,8 @@ def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
   except (MemoryError, jax.errors.JaxRuntimeError):
     raise  # The machine's trouble, not the file's.
   except Exception as error:  # Damage shows in many ways: ValueError, KeyError.
+    if storage.unreachable(error):  # Nothing is damaged.
+      raise OSError(f"A checkpoint cannot be read now: {error}") from error
     message = str(error).strip().partition("\n")[0]
     result, wrong = None, f"{type(error).__name__}: {message[:300]}"
   if jax.process_count() > 1:

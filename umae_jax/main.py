@@ -61,7 +61,11 @@ def main(argv: list[str]) -> int:
     from umae_jax import doctor, loop, run
 
     if _DOCTOR.value:
-      would_start = doctor.examine(command_line.CONFIG.value, _WORKDIR.value)
+      would_start = doctor.examine(
+        command_line.CONFIG.value,
+        _WORKDIR.value,
+        allow_config_change=_ALLOW_CONFIG_CHANGE.value,
+      )
       return 0 if would_start else EXIT_USAGE
     prepared = run.prepare(
       command_line.CONFIG.value,
@@ -111,7 +115,7 @@ def keep_programs() -> None:
 
 def parse(argv: list[str]) -> list[str]:
   """Parses the flags; --workdir may be missing for --doctor."""
-  examined = any(re.fullmatch("--?doctor(=[Tt]rue|=1)?", x) for x in argv)
+  examined = any(re.fullmatch("--?doctor(=t|=true|=1)?", x, re.I) for x in argv)
   required = ("config",) if examined else ("config", "workdir")
   return command_line.parse(argv, required)
 

@@ -81,6 +81,7 @@ def prepare(
     "found.eval_images": eval_source.num_examples,
     "found.classes": zlib.crc32("\n".join(train_source.class_names).encode()),
   }
+  identity |= file_names(config, train_source, eval_source)
   identity |= {f"found.{key}": x for key, x in task.found.items()}
   workdir.check(
     path,
@@ -91,6 +92,21 @@ def prepare(
   sharding.synchronize("prepared")  # Before the first one writes.
   sources = (train_source, eval_source)
   return Run(config, identity, plan, mesh, path, *sources, task)
+
+
+def file_names(config, *opened: Source) -> dict[str, int]:
+  """{"found.files": CRC-32 of the images' names} of folders; else nothing.
+
+  Below `config.data.directory`, so that the folder as a whole may move.
+  """
+  crc, root = 0, config.data.directory.rstrip("/")
+  for source in opened:
+    if not getattr(source, "source", source).is_path:
+      return {}
+    for row in range(source.num_examples):
+      name = source.name_of(row).removeprefix(root).lstrip("/")
+      crc = zlib.crc32(f"{name}\n".encode(errors="surrogateescape"), crc)
+  return {"found.files": crc}
 
 
 def with_recorded_attention(config, mesh, path) -> ml_collections.ConfigDict:

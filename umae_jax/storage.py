@@ -184,9 +184,26 @@ class Growing:
 
   def close(self) -> None:
     """Uploads, for the last time."""
-    self.upload()
-    if self.local is not self._folder:
-      self._temporary.cleanup()
+    try:
+      self.upload()
+    finally:
+      if self.local is not self._folder:
+        self._temporary.cleanup()
+
+
+def unreachable(error: BaseException) -> bool:
+  """Whether a bucket could not be asked; it may hold what is wanted."""
+  words = ("PERMISSION_DENIED", "UNAUTHENTICATED")
+  words += ("UNAVAILABLE", "DEADLINE_EXCEEDED")
+  if isinstance(error, FileNotFoundError):
+    return False
+  clients = type(error).__module__.startswith(
+    ("aiohttp", "gcsfs", "google.auth")
+  )
+  if clients or any(word in str(error) for word in words):
+    return True
+  cause = error.__cause__ or error.__context__
+  return cause is not None and unreachable(cause)
 
 
 def _bucket(path):

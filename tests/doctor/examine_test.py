@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from umae_jax import UserError, doctor, run
+from umae_jax import UserError, doctor, run, workdir
 
 
 @pytest.fixture
@@ -83,6 +83,18 @@ def test_other_tasks(load_config, examine):
   would_start, found, notes = examine(config)
   assert not would_start and "/no/such.pth" in notes
   assert "parameters" not in found
+
+
+def test_another_configuration_is_examined_as_it_would_start(
+  load_config, examine, tmp_path
+):
+  config = load_config("digits")
+  prepared = run.prepare(config, str(tmp_path))
+  workdir.claim(tmp_path, prepared.identity)
+  config.loss.mask_ratio = 0.6
+  would_start, _, notes = examine(config, str(tmp_path))
+  assert not would_start and "loss.mask_ratio: 0.5 there" in notes
+  assert doctor.examine(config, str(tmp_path), allow_config_change=True)
 
 
 def test_a_wrong_configuration_is_refused(load_config):

@@ -58,7 +58,8 @@ def create(words, flags):
 
 
 def describe(words, flags):
-  if fault("describe"):
+  runs = (CLOUD / "runs").exists()
+  if fault("describe") or (runs and fault("describe_running")):
     return refuse("UNAVAILABLE: no answer.")
   if not SLICE.exists():
     return refuse("NOT_FOUND: Resource 'queuedResources/umae' was not found.")

@@ -95,7 +95,9 @@ def test_every_process_knows_its_peers(start, tmp_path):
     f"process 0 of 3 at localhost:{port} on cpu, GPU : "
     "-m umae_jax.main --multihost --config=c"
   )
-  assert not (tmp_path / "logs").exists()
+  # Which the user has named, and may hold more.
+  logs = [tmp_path / "logs" / f"process_{i}.log" for i in (1, 2)]
+  assert all(path.exists() for path in logs)
 
 
 def test_every_process_has_a_gpu_of_its_own(start, tmp_path):
@@ -198,14 +200,14 @@ def test_killed_and_stopped_runs_end_as_uninterrupted_ones(start, tmp_path):
     return start(*LONGER, f"--workdir={tmp_path / name}", real=True, **cache)
 
   whole = begin("whole")
-  _, errors = whole.communicate(timeout=300)
+  _, errors = whole.communicate(timeout=500)
   assert whole.returncode == 0, errors
   workdir = tmp_path / "parts"
 
   killed = begin("parts")
   wait_for(killed, lambda: has_step(workdir, 17))
   os.kill(children(killed)[1], signal.SIGKILL)
-  _, errors = killed.communicate(timeout=120)
+  _, errors = killed.communicate(timeout=500)
   assert killed.returncode == 137, errors
   assert "process 1 ended with 137" in errors
   reached = read_log(workdir)[-1]["step"]
@@ -213,12 +215,12 @@ def test_killed_and_stopped_runs_end_as_uninterrupted_ones(start, tmp_path):
   stopped = begin("parts")
   wait_for(stopped, lambda: has_step(workdir, reached + 10))
   stopped.terminate()
-  output, errors = stopped.communicate(timeout=120)
+  output, errors = stopped.communicate(timeout=500)
   assert stopped.returncode == 75, errors
   assert "resuming after step" in output
 
   last = begin("parts")
-  output, errors = last.communicate(timeout=300)
+  output, errors = last.communicate(timeout=500)
   assert last.returncode == 0, errors
   assert "resuming after step" in output
   assert read_log(workdir) == read_log(tmp_path / "whole")

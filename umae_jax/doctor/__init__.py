@@ -22,12 +22,18 @@ EFFICIENCY = 0.4
 RELEASED_GPUS = 8  # That the released runs took.
 
 
-def examine(config: ml_collections.ConfigDict, workdir: str | None) -> bool:
+def examine(
+  config: ml_collections.ConfigDict,
+  workdir: str | None,
+  *,
+  allow_config_change: bool = False,
+) -> bool:
   """Prints what a run of this configuration would be.
 
   Args:
     config: of the run, validated or not.
     workdir: where it would be, if that is known; nothing is written there.
+    allow_config_change: as that of `run.prepare`.
 
   Returns:
     Whether it would start.
@@ -44,7 +50,9 @@ def examine(config: ml_collections.ConfigDict, workdir: str | None) -> bool:
   notes, run, trouble = list(doubts.of_config(config)), None, ""
   try:
     with tempfile.TemporaryDirectory() as unused:
-      run = run_lib.prepare(config, workdir or unused)
+      run = run_lib.prepare(
+        config, workdir or unused, allow_config_change=allow_config_change
+      )
   except UserError as error:
     trouble = str(error)
   task = run.task if run else task_without_data(config, mesh)
