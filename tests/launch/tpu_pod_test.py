@@ -87,7 +87,7 @@ class Cloud:
   def finish(self, *flags, **variables):
     """(exit code, log of the run, what the launcher said)."""
     process = self.start(*flags, **variables)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=240)
     return process.returncode, output, errors
 
   def verbs(self):
@@ -228,11 +228,11 @@ def test_ssh_is_tried_again_with_a_limit(make_cloud, failures, code):
 
 def wait_for(process, condition):
   """Until it holds; fails with what the launcher said."""
-  end = time.monotonic() + 30
+  end = time.monotonic() + 240
   while not condition():
     if process.poll() is not None or time.monotonic() > end:
       process.terminate()
-      raise AssertionError(process.communicate(timeout=30)[1])
+      raise AssertionError(process.communicate(timeout=120)[1])
     time.sleep(0.02)
 
 
@@ -318,7 +318,7 @@ def test_a_signal_saves_and_deletes(cloud, number, code):
   process = cloud.start()
   wait_for_runs(process, cloud)
   process.send_signal(number)
-  _, errors = process.communicate(timeout=30)
+  _, errors = process.communicate(timeout=120)
   assert process.returncode == code, errors
   assert (cloud.folder / "saved").read_text() == "saved\nsaved\n"
   assert "saving..." in errors
@@ -332,7 +332,7 @@ def test_kept_slices_are_found_again(cloud, failures):
   process = cloud.start(KEEP="1")
   wait_for_runs(process, cloud)
   process.terminate()
-  process.communicate(timeout=30)
+  process.communicate(timeout=120)
   assert (cloud.folder / "slice").read_text() == "ACTIVE"
   assert not (cloud.folder / "saved").exists()
   (cloud.folder / "faults").write_text(json.dumps({"outcome": failures}))
@@ -340,7 +340,7 @@ def test_kept_slices_are_found_again(cloud, failures):
   calls = cloud.folder / "calls"
   wait_for(again, lambda: calls.read_text().count("tail -n +1") == 2)
   again.terminate()
-  again.communicate(timeout=30)
+  again.communicate(timeout=120)
   assert cloud.verbs().count("create") == 1
   assert cloud.verbs().count("scp") == 1 + failures
   assert len(cloud.runs()) == 2
