@@ -127,6 +127,7 @@ def random_images(seed):
 
 @many
 @hypothesis.given(st.integers(0, 2**32), st.integers(1, 12))
+@hypothesis.example(93508, 11)  # Its error of images is 0 but for rounding.
 def test_classifier_keeps_the_guarantee(seed, k):
   graph, labels = random_images(seed)
   found = mask_graph.spectrum(graph.joint)

@@ -214,7 +214,7 @@ def guarantee(
     disagreement(graph.joint, guesses),
     float(following[0]) if len(following) else 0.0,
     float(of_views[answers != guesses].sum()),
-    float(1 - of_views[rows, answers].sum()),
+    max(float(1 - of_views[rows, answers].sum()), 0.0),  # Of rounding.
   )
 
 
