@@ -58,13 +58,13 @@ def check_file(argv: list[str]) -> None:
   for argument in argv[1:]:
     match = re.fullmatch(r"--?config=([^:]*)(:.*)?", argument)
     if match and not pathlib.Path(match[1]).is_file():
-      raise _no_file()
+      raise _no_file(f" ({match[1]})")
 
 
-def _no_file() -> UserError:
+def _no_file(name: str = "") -> UserError:
   files = [str(path) for path in sorted(pathlib.Path("configs").glob("*.py"))]
   return UserError(
-    "--config names no readable file; in this directory there are "
+    f"--config names no readable file{name}; in this directory there are "
     f"{files}, each with optional :variant."
   )
 

@@ -183,7 +183,7 @@ def test_a_command_that_fails_stops_it(tmp_path):
   assert "not trained; see the message above" in str(stopped.value)
   ran = [cell for cell in code_cells() if cell.source in str(stopped.value)]
   assert len(ran) == 1
-  assert "--workdir={UMAE}" in ran[0].source
+  assert '--workdir="{UMAE}"' in ran[0].source
   outputs = [x for cell in notebook.cells for x in cell.get("outputs", ())]
   text = "".join(x.get("text", "") for x in outputs)
   assert "configs/digits.py" in text
