@@ -30,6 +30,10 @@ SHORT = {
     *("--config.probe.epochs=(1,)", "--config.probe.draws=2"),
   ],
   "umae_jax.analysis.mask_ratio": ["--seeds=1"],
+  "umae_jax.analysis.sweep": [
+    *("--mask_ratio=0.5", "--weight=0,0.01", "--seeds=0"),
+    *("--config.num_epochs=1", "--config.optimizer.warmup_epochs=0"),
+  ],
 }
 
 
