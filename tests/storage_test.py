@@ -293,6 +293,25 @@ def test_a_log_in_a_bucket_is_uploaded_now_and_then(bucket, monkeypatch):
     assert len(metrics.read_log(bucket / "metrics.jsonl")) == 2
 
 
+def test_a_log_that_can_not_be_uploaded_now_stops_no_run(
+  bucket, monkeypatch, capsys
+):
+  def refuse(path, data):
+    raise OSError(f"{path} cannot be written (503).")
+
+  with contextlib.closing(metrics.MetricsLog(bucket)) as log:
+    with monkeypatch.context() as patch:
+      patch.setattr(metrics, "_UPLOAD_SECONDS", 0.0)
+      patch.setattr(storage, "_upload", refuse)
+      log.write(1, "train", {"loss": 1.0})
+      assert "(503). It is tried again later." in capsys.readouterr().out
+      with pytest.raises(OSError, match="503"):  # A checkpoint waits for it.
+        log.commit()
+    log.write(2, "train", {"loss": 1.0})
+    assert capsys.readouterr().out == ""
+  assert len(metrics.read_log(bucket / "metrics.jsonl")) == 2
+
+
 def test_a_file_in_a_bucket_is_old_or_new(bucket):
   path = bucket / "file"
   storage.write_file(path, lambda file: file.write(b"old"))

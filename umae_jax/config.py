@@ -253,8 +253,13 @@ def plan(config: ml_collections.ConfigDict, num_examples: int) -> Plan:
     total_steps,
     round(config.optimizer.warmup_epochs * steps_per_epoch),
     max(every, 1),
-    config.optimizer.base_lr * config.batch_size / 256,
+    peak_rate(config),
   )
+
+
+def peak_rate(config: ml_collections.ConfigDict) -> float:
+  """Learning rate after warmup: MAE's linear scaling with the batch."""
+  return config.optimizer.base_lr * config.batch_size / 256
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, object]:

@@ -11,7 +11,7 @@ or data, 75 asked to stop (SIGTERM) and saved: run the same command again.
 
 import os
 import pathlib
-import re
+import sys
 import zlib
 
 from absl import app, flags, logging
@@ -40,8 +40,6 @@ _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
   False,
   "Resume the run in --workdir although its configuration was another.",
 )
-
-
 _DOCTOR = flags.DEFINE_bool(
   "doctor",
   False,
@@ -115,9 +113,10 @@ def keep_programs() -> None:
 
 def parse(argv: list[str]) -> list[str]:
   """Parses the flags; --workdir may be missing for --doctor."""
-  examined = any(re.fullmatch("--?doctor(=t|=true|=1)?", x, re.I) for x in argv)
-  required = ("config",) if examined else ("config", "workdir")
-  return command_line.parse(argv, required)
+  rest = command_line.parse(argv)
+  if not (_DOCTOR.value or _WORKDIR.value or command_line.asks_for_help()):
+    sys.exit(fail("--workdir is missing; see --help"))
+  return rest
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class MetricsLog:
     }
     self._file.write(json.dumps(line, allow_nan=False) + "\n")
     self._file.flush()
-    self._folder.upload(_UPLOAD_SECONDS)
+    self._folder.upload_every(_UPLOAD_SECONDS)
     for name, x in values.items():
       self._tensorboard.add_scalar(f"{split}/{name}", x, step)
 

@@ -172,15 +172,23 @@ class Growing:
       self._temporary = tempfile.TemporaryDirectory()
       self.local = pathlib.Path(self._temporary.name)
 
-  def upload(self, pause: float = 0.0) -> None:
-    """Uploads, unless this was done less than `pause` seconds ago."""
-    if self.local is self._folder or time.monotonic() - self._last < pause:
+  def upload(self) -> None:
+    """Uploads; OSError if the bucket refuses."""
+    if self.local is self._folder:
       return
+    self._last = time.monotonic()
     for file in self.local.rglob("*"):
       if file.is_file():
         target = self._folder / file.relative_to(self.local)
         _upload(target, file.read_bytes())
-    self._last = time.monotonic()
+
+  def upload_every(self, seconds: float) -> None:
+    """Uploads if so long ago it was tried last; a refusal is only told."""
+    if time.monotonic() - self._last >= seconds:
+      try:
+        self.upload()
+      except OSError as error:
+        print(f"umae_jax: {error} It is tried again later.", flush=True)
 
   def close(self) -> None:
     """Uploads, for the last time."""

@@ -126,22 +126,10 @@ def measure(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def amounts(config, facts) -> dict[str, Any]:
   """Arguments of `figures.throughput`, but for the times."""
-  model, data = config.model, config.data
-  per_image = flops.train_flops(
-    image_size=tuple(data.image_size),
-    channels=data.channels,
-    patch_size=model.patch_size,
-    width=model.width,
-    depth=model.depth,
-    decoder_width=model.decoder_width,
-    decoder_depth=model.decoder_depth,
-    mask_ratio=config.loss.mask_ratio,
-    mlp_ratio=model.mlp_ratio,
-  )
   peak = _PEAK.value or flops.known_peak(facts["device_kind"], facts["dtype"])
   return {
     "batch_size": config.batch_size,
-    "flops": per_image,
+    "flops": flops.per_image(config),
     "peak": peak and peak * facts["devices"],
   }
 

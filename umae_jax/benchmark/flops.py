@@ -1,5 +1,29 @@
 """Arithmetic of a training step, by formula, and what devices can do."""
 
+import ml_collections
+
+
+def per_image(config: ml_collections.ConfigDict) -> float:
+  """FLOP of a run for each image, as below; of training, if it trains."""
+  model = config.model
+  encoder = dict(
+    image_size=tuple(config.data.image_size),
+    channels=config.data.channels,
+    patch_size=model.patch_size,
+    width=model.width,
+    depth=model.depth,
+    mlp_ratio=model.mlp_ratio,
+  )
+  if config.task == "pretrain":
+    return train_flops(
+      **encoder,
+      decoder_width=model.decoder_width,
+      decoder_depth=model.decoder_depth,
+      mask_ratio=config.loss.mask_ratio,
+    )
+  passes = 3 if config.task == "finetune" and config.num_epochs else 1
+  return passes * encode_flops(**encoder)
+
 
 def train_flops(
   *,

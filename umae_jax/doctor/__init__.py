@@ -12,6 +12,7 @@ import ml_collections
 from umae_jax import UserError, metrics, sharding, validation
 from umae_jax import config as config_lib
 from umae_jax import run as run_lib
+from umae_jax.benchmark import flops
 from umae_jax.doctor import cost, doubts
 from umae_jax.models import masking
 from umae_jax.models import patches as patches_lib
@@ -46,7 +47,7 @@ def examine(
   )
   mesh = sharding.make_mesh(config.mesh.fsdp)
   rows = [("task", config.task), *_shapes(config)]
-  rows.append(("FLOP per image", f"{cost.work(config) / 1e9:.4g} G"))
+  rows.append(("FLOP per image", f"{flops.per_image(config) / 1e9:.4g} G"))
   notes, run, trouble = list(doubts.of_config(config)), None, ""
   try:
     with tempfile.TemporaryDirectory() as unused:
@@ -119,11 +120,9 @@ def _parameters(config, mesh, task) -> list[tuple[str, str]]:
 
 def _optimization(config) -> Iterator[tuple[str, str]]:
   optimizer, batch = config.optimizer, config.batch_size
-  rate = optimizer.base_lr * batch / 256
-  yield (
-    "learning rate, peak",
-    f"{rate:.4g} = {optimizer.base_lr:g} x {batch} / 256",
-  )
+  rate = config_lib.peak_rate(config)
+  scaling = f"{optimizer.base_lr:g} x {batch} / 256"
+  yield "learning rate, peak", f"{rate:.4g} = {scaling}"
   if config.task == "pretrain":
     weight = config.loss.uniformity_weight
     yield "lambda", f"{weight:g}, over all {batch} images of a batch"
@@ -143,7 +142,7 @@ def _steps(config, run, mesh) -> Iterator[tuple[str, str]]:
   if plan.total_steps:
     speed = cost.product_speed(inputs.compute_dtype(config, mesh))
     speed *= EFFICIENCY * mesh.devices.size / _devices_of_a_cpu(mesh)
-    work = cost.work(config) * config.batch_size * plan.total_steps
+    work = flops.per_image(config) * config.batch_size * plan.total_steps
     duration = datetime.timedelta(seconds=round(work / speed))
     yield (
       "time of the steps, about",

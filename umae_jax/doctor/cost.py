@@ -13,30 +13,7 @@ import numpy as np
 
 from umae_jax import config as config_lib
 from umae_jax import train_step
-from umae_jax.benchmark import flops
 from umae_jax.tasks import Task
-
-
-def work(config: ml_collections.ConfigDict) -> float:
-  """FLOP per image, of training if the run trains."""
-  model = config.model
-  encoder = dict(
-    image_size=tuple(config.data.image_size),
-    channels=config.data.channels,
-    patch_size=model.patch_size,
-    width=model.width,
-    depth=model.depth,
-    mlp_ratio=model.mlp_ratio,
-  )
-  if config.task == "pretrain":
-    return flops.train_flops(
-      **encoder,
-      decoder_width=model.decoder_width,
-      decoder_depth=model.decoder_depth,
-      mask_ratio=config.loss.mask_ratio,
-    )
-  passes = 3 if config.task == "finetune" and config.num_epochs else 1
-  return passes * flops.encode_flops(**encoder)
 
 
 def state(

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from jax.sharding import Mesh
 import ml_collections
 
+from umae_jax import config as config_lib
 from umae_jax import run as run_lib
 from umae_jax.models import masking
 from umae_jax.tasks import inputs
@@ -43,7 +44,7 @@ def of_config(config: ml_collections.ConfigDict) -> Iterator[str]:
       f"config.loss.normalize_pixels=True, of {values} values a patch, removes "
       "most of what there is to predict; set it to False for small patches."
     )
-  rate = config.optimizer.base_lr * batch / 256
+  rate = config_lib.peak_rate(config)
   if rate > HIGH_RATE:
     yield (
       f"config.optimizer.base_lr={config.optimizer.base_lr:g} is {rate:.3g} "
