@@ -47,6 +47,7 @@ def test_memory_is_what_the_compiler_allocates(
 
 def test_memory_follows_the_devices_and_the_parts(load_config):
   config = load_config("folder", "vit_s16")
+  config.model.update(depth=4, decoder_depth=3)
   keys = [f"memory: {x}" for x in ("parameters and optimizer", "gradients")]
   keys.append("memory: kept for the gradient")
 

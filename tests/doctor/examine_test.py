@@ -46,7 +46,7 @@ def test_a_run_that_would_start(load_config, examine, tmp_path):
     ({"loss.mask_ratio": 0.9}, "leaves 1 of 16 patches"),
     ({"loss.normalize_pixels": True}, "of 4 values a patch"),
     ({"optimizer.base_lr": 1.0}, "is 0.5 after scaling"),
-    ({"model.width": 4096, "model.depth": 200}, "may not fit into"),
+    ({"model.width": 16384, "model.depth": 16}, "may not fit into"),
     ({"execution.remat": "dots"}, "saves no memory on CPUs"),
     ({"num_epochs": 30.0}, "300 steps are few"),
   ],
