@@ -14,6 +14,7 @@ import pytest
 
 HERE = pathlib.Path(__file__).parent
 REPOSITORY = HERE.parents[1]
+LAUNCHER = ["bash", "launch/tpu_pod.sh"]
 FLAGS = ["--config=configs/digits.py:smoke", "--config.seed=1"]
 
 # A worker's python3, as far as the installation needs it.
@@ -74,7 +75,8 @@ class Cloud:
   def start(self, *flags, **variables):
     self.started.append(
       subprocess.Popen(
-        ["bash", "launch/tpu_pod.sh", *(flags or FLAGS)],
+        # Under nohup, or in a shell's background, both would be ignored.
+        ["env", "--default-signal=HUP,INT", *LAUNCHER, *(flags or FLAGS)],
         cwd=REPOSITORY,
         env=self.environment | variables,
         stdout=subprocess.PIPE,
