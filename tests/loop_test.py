@@ -282,9 +282,10 @@ def test_slow_steps_are_few_at_once_and_their_calls_not_ahead(
   "name",
   [
     "cifar10",
-    "folder",
-    pytest.param("imagenet100", marks=pytest.mark.slow),  # As the next one.
-    "imagenet1k",
+    *(
+      pytest.param(name, marks=pytest.mark.slow)
+      for name in ("folder", "imagenet100", "imagenet1k")
+    ),
   ],
 )
 def test_every_smoke_variant_runs(name, load_config, tmp_path, capsys):
