@@ -116,7 +116,7 @@ def _validate_ranges(config):
   _require(
     config.optimizer.warmup_epochs <= config.num_epochs or not trains(config),
     f"config.optimizer.warmup_epochs={config.optimizer.warmup_epochs} is "
-    f"longer than the run, config.num_epochs={config.num_epochs}.",
+    f"longer than the run, config.num_epochs={config.num_epochs}; lower it.",
   )
   _require(
     config.seed < 2**31,
@@ -205,11 +205,14 @@ def _validate_data(data):
     ("std", data.channels),
   ):
     value = data[key]
-    words = "height and width" if key == "image_size" else "one per channel"
+    words = "height and width"
+    if key != "image_size":
+      words = f"one per channel (config.data.channels={data.channels})"
+    example = str(tuple(value[:1] * length)).replace(" ", "")
     _require(
       len(value) == length,
-      f"config.data.{key}={value} needs {length} numbers, {words} "
-      f"(config.data.channels={data.channels}).",
+      f"config.data.{key}={value} needs {length} numbers, {words}: "
+      f"--config.data.{key}='{example}'.",
     )
   _require(
     all(side > 0 and side == int(side) for side in data.image_size),

@@ -82,7 +82,12 @@ def changed(
 
 
 def recorded(path: pathlib.Path, key: str) -> Any:
-  """A key of the configuration in a directory; None if there is none."""
+  """A key of the configuration in a directory; None if there is none.
+
+  Raises:
+    UserError: the bucket can not be used.
+  """
+  storage.check(path, "--workdir=", storage.WRITE)
   file = path / CONFIG
   return _read_config(file).get(key) if file.exists() else None
 

@@ -1,7 +1,8 @@
 import jax
 import pytest
 
-from umae_jax import UserError, doctor, run, workdir
+from umae_jax import UserError, convert, doctor, run, workdir
+from umae_jax.tasks import pretrain
 
 
 @pytest.fixture
@@ -83,6 +84,19 @@ def test_other_tasks(load_config, examine):
   would_start, found, notes = examine(config)
   assert not would_start and "/no/such.pth" in notes
   assert "parameters" not in found
+
+
+@pytest.mark.parametrize("variant", ["linear_probe", "finetune"])
+def test_a_task_with_weights(load_config, examine, tmp_path, variant):
+  pretraining = run.prepare(load_config("digits"), str(tmp_path / "unused"))
+  params = pretraining.task.init(jax.random.key(0))
+  model = pretrain.make_model(pretraining.config, pretraining.mesh)
+  convert.save(tmp_path / "weights", model, params)
+  config = load_config("digits", variant)
+  config.pretrained = str(tmp_path / "weights")
+  would_start, found, notes = examine(config)
+  assert would_start, notes
+  assert "memory: kept for the gradient" in found
 
 
 def test_another_configuration_is_examined_as_it_would_start(

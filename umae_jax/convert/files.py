@@ -30,7 +30,10 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
       or other types than floats, or with values that are not finite.
   """
   if not path.is_file():
-    raise UserError(f"{path}: no such file; give a .pth or .safetensors file.")
+    raise UserError(
+      f"{path}: no such file or directory; give a run's work directory, or a "
+      ".pth or .safetensors file."
+    )
   if path.suffix in PYTORCH:
     tensors = _read_pytorch(path)
   elif path.suffix == ".safetensors":

@@ -44,9 +44,9 @@ def open_folder(
   storage.check(root, "config.data.directory=", storage.READ)
   if not directory or not root.is_dir():
     raise UserError(
-      f"config.data.directory={directory!r} is not a folder. Give the one that "
-      "holds train/ and val/, or the class folders, of config.data.name="
-      "'folder'."
+      f"config.data.directory={directory!r} is not a folder. Set --config.data."
+      "directory to one of images, for config.data.name='folder': flat, with "
+      "class folders, or with train/ and val/."
     )
   if (root / "train").is_dir() or (root / "val").is_dir():
     base, part = _split_folder(root, split), None

@@ -76,7 +76,8 @@ def saved_bytes(
       batch = objective.randomize(key, batch)
       if objective.prepare:
         batch = objective.prepare(params, batch)
-      return jax.vjp(lambda x: objective.loss(x, batch, None)[0], params)[1]
+      means = objective.statistics and objective.statistics(params, batch)
+      return jax.vjp(lambda x: objective.loss(x, batch, means)[0], params)[1]
 
     found = jax.eval_shape(backward, params, batch, jax.random.key(0))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(found))
