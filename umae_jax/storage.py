@@ -8,6 +8,7 @@ be appended to it or locked, and a folder is renamed or deleted file by file.
 from collections.abc import Callable, Iterator
 import importlib.util
 import io
+import logging
 import os
 import pathlib
 import tempfile
@@ -51,6 +52,8 @@ def path(name: str | os.PathLike, setting: str = "") -> pathlib.Path:
   from etils import epath
   import fsspec
 
+  # It would print a traceback of each attempt; the errors say what is wrong.
+  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
   # Other processes, and Orbax, write there as well.
   settings = fsspec.config.conf.setdefault("gs", {})
   settings.setdefault("use_listings_cache", False)
